@@ -1,0 +1,101 @@
+"""The two kinds of transformer block; they differ in what video and audio share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .layers import CrossAttention, FeedForward, Modulation, SelfAttention, add_gated_, grouped, modulate_
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One modality's tokens: where they stand, and which timestep each equal group of them has."""
+
+    tokens: slice
+    group: Tensor  # (B, G) index into the distinct timesteps' vectors
+
+
+@dataclass(frozen=True)
+class PassState:
+    """What all blocks of one pass share."""
+
+    split: int  # number of video tokens; audio follows
+    stretches: tuple[Stretch, ...]  # video, audio: those that are present
+    suffixes: tuple[str, ...]  # "" for video, "_audio" for audio, in the same order
+    vectors: Tensor  # (n, 6, dim) of the n distinct timesteps
+    table: Tensor  # rotary table (L, head_dim / 2)
+    context: Tensor  # (B, text_len, dim)
+    cross_modal: bool
+    attention: object
+    options: object
+
+
+class Block(nn.Module):
+    """Modulated self-attention, cross-attention to the text, modulated feed-forward; each added to its input.
+
+    ``forward(tokens (B, L, dim), state)`` changes ``tokens`` in place and returns them.
+    """
+
+    per_modality = False
+
+    def __init__(self, config, operations, dtype=None, device=None):
+        super().__init__()
+        factory = {"dtype": dtype, "device": device}
+        dim, eps = config.dim, config.eps
+
+        def norm(affine: bool):
+            return operations.LayerNorm(dim, eps=eps, elementwise_affine=affine, **factory)
+
+        def attention(kind):
+            return kind(dim, config.num_heads, eps, self.per_modality, operations, **factory)
+
+        self.norm1, self.norm2, self.norm3 = norm(False), norm(False), norm(True)
+        self.self_attn = attention(SelfAttention)
+        self.cross_attn = attention(CrossAttention)
+        self.ffn = FeedForward(dim, config.ffn_dim, operations, **factory)
+        self.modulation = Modulation(6, dim, **factory)
+        if self.per_modality:
+            self.modulation_audio = Modulation(6, dim, **factory)
+
+    def _vectors(self, tokens: Tensor, state: PassState) -> list[tuple[slice, tuple[Tensor, ...]]]:
+        """Per modality: its stretch of the tokens and shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2."""
+        out = []
+        for stretch, suffix in zip(state.stretches, state.suffixes, strict=True):
+            modulation = getattr(self, "modulation" + suffix) if self.per_modality else self.modulation
+            vectors = modulation(state.vectors)
+            vectors[:, [1, 4]] += 1
+            out.append((stretch.tokens, tuple(grouped(vectors, stretch.group, tokens))))
+        return out
+
+    def forward(self, tokens: Tensor, state: PassState) -> Tensor:
+        vectors = self._vectors(tokens, state)
+        split, attention, options = state.split, state.attention, state.options
+
+        h = self.norm1(tokens)
+        for part, (shift, scale, *_) in vectors:
+            modulate_(h[:, part], shift, scale)
+        h = self.self_attn(h, split, state.table, state.cross_modal, attention, options)
+        for part, (_, _, gate, *_) in vectors:
+            add_gated_(tokens[:, part], h[:, part], gate)
+
+        tokens += self.cross_attn(self.norm3(tokens), split, state.context, attention, options)
+
+        h = self.norm2(tokens)
+        for part, (_, _, _, shift, scale, _) in vectors:
+            modulate_(h[:, part], shift, scale)
+        h = self.ffn(h)
+        for part, (*_, gate) in vectors:
+            add_gated_(tokens[:, part], h[:, part], gate)
+        return tokens
+
+
+class AlignmentBlock(Block):
+    """Hierarchical alignment layer: video and audio have their own projections and modulation, one joint attention."""
+
+    per_modality = True
+
+
+class FusionBlock(Block):
+    """Unified fusion layer: everything shared between video and audio."""
