@@ -1,0 +1,323 @@
+"""The denoising loop without a host: from noise to the clip's video and audio latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from .guidance import Guidance, Pair
+from .schedule import flow_timesteps
+from .unipc import FlowUniPC
+
+
+class Interrupted(RuntimeError):  # noqa: N818 - it is no error that the caller asked for
+    """The caller's ``should_stop`` asked for the run to end."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one prediction is conditioned on."""
+
+    context: torch.Tensor  # (B or 1, n, text_dim)
+    timbre: torch.Tensor | None = None  # (B or 1, S, 192)
+    timbre_positions: torch.Tensor | None = None  # (B or 1, S)
+    cross_modal: bool = True
+
+
+def conditions(
+    context: torch.Tensor,
+    negative: torch.Tensor | None = None,
+    timbre: torch.Tensor | None = None,
+    timbre_positions: torch.Tensor | None = None,
+) -> dict[str, Condition]:
+    """The conditions of the predictions c, u, m and n; without ``negative`` u has the all-zero context."""
+    if (timbre is None) != (timbre_positions is None):
+        raise ValueError("Reference voices and their positions in the context must be given together.")
+    if negative is None:
+        # The network pads its context with zeros, so one row of them is the all-zero context.
+        negative = torch.zeros_like(context[:1, :1])
+    text_only = Condition(context)
+    return {
+        "c": replace(text_only, timbre=timbre, timbre_positions=timbre_positions),
+        "u": Condition(negative),
+        "m": replace(text_only, cross_modal=False),
+        "n": text_only,
+    }
+
+
+@dataclass
+class Modality:
+    """One modality on its way through the loop: noise, whose frames or steps lie along ``steps_dim``.
+
+    ``latent`` is what the clip starts from (zeros where None); ``mask``, broadcastable to it, is 1 where the
+    clip is generated and 0 where ``latent`` is kept.
+    """
+
+    noise: torch.Tensor
+    steps_dim: int
+    latent: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.noise = self.noise.float()
+        like = {"device": self.noise.device, "dtype": torch.float32}
+        latent = torch.zeros((), **like) if self.latent is None else self.latent.to(**like)
+        self.latent = latent.expand_as(self.noise)
+        self.mask = None if self.mask is None else self.mask.to(**like).expand_as(self.noise)
+
+    def start(self, sigma: float) -> torch.Tensor:
+        """The sample at the first noise level."""
+        return sigma * self.noise + (1.0 - sigma) * self.latent
+
+    def keep(self, sample: torch.Tensor) -> torch.Tensor:
+        """``sample`` with the given parts put back, exactly where the mask is 0."""
+        if self.mask is None:
+            return sample
+        return self.mask * sample + (1.0 - self.mask) * self.latent
+
+    def timesteps(self, timestep: float) -> torch.Tensor:
+        """(B,), or (B, steps) where some of it is given: frames and audio steps given in full are at 0."""
+        batch, steps = self.noise.shape[0], self.noise.shape[self.steps_dim]
+        if self.mask is None:
+            return torch.full((batch,), float(timestep), device=self.noise.device)
+        generated = self.mask.movedim(self.steps_dim, 1).reshape(batch, steps, -1).amax(dim=-1) > 0
+        return generated.float() * timestep
+
+
+@torch.no_grad()
+def denoise(
+    backbone: Callable[..., Pair],
+    video_noise: torch.Tensor | None,
+    audio_noise: torch.Tensor | None,
+    context: torch.Tensor,
+    *,
+    sigmas: torch.Tensor,
+    guidance: Guidance | None = None,
+    negative: torch.Tensor | None = None,
+    timbre: torch.Tensor | None = None,
+    timbre_positions: torch.Tensor | None = None,
+    first_frame: torch.Tensor | None = None,
+    video_latent: torch.Tensor | None = None,
+    video_mask: torch.Tensor | None = None,
+    audio_latent: torch.Tensor | None = None,
+    audio_mask: torch.Tensor | None = None,
+    sampler: Callable[[torch.Tensor], FlowUniPC] = FlowUniPC,
+    batch_predictions: bool = False,
+    callback: Callable[[int, int, torch.Tensor | None, torch.Tensor | None], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Pair:
+    """Denoise a clip to its (video, audio) latents in the network's space, fp32, None for an absent one.
+
+    video_noise (B, 48, T, H, W) and audio_noise (B, L, 128), one of them may be None; context (B or 1, n,
+    text_dim), in the dtype that the network is to be run in; ``negative`` likewise, None for the all-zero
+    context the model was trained with; ``timbre`` (B or 1, S, 192) goes into the context at
+    ``timbre_positions`` (B or 1, S). ``sigmas`` (steps + 1,) as ``flow_sigmas`` makes them; the sample starts
+    as sigma_0 * noise + (1 - sigma_0) * latent.
+
+    ``video_latent``/``audio_latent`` are what the clip starts from, of the noise's shapes; where
+    ``video_mask`` (B, 1 or 48, T, H, W) or ``audio_mask`` (B, L, 1 or 128) is 0 they are kept: clean in every
+    pass, at timestep 0 where a whole frame or audio step is given, and unchanged in the result.
+    ``first_frame`` (B or 1, 48, 1, H, W) is short for that at frame 0.
+
+    ``sampler`` makes a solver with ``step_denoised(x0, sample)`` from the sigmas. ``batch_predictions`` runs
+    predictions that differ in the text only as one batch: faster for short clips, and more memory. After each
+    step ``callback(step, steps, x0_video, x0_audio)`` is called, step from 1; ``should_stop`` is asked before
+    every pass.
+
+    Raises Interrupted when ``should_stop`` says so, ValueError for inputs that do not fit together,
+    FloatingPointError when the network returns NaN or infinity.
+    """
+    guidance = Guidance() if guidance is None else guidance
+    if video_noise is None and audio_noise is None:
+        raise ValueError("There is nothing to denoise: give noise for the video, the audio or both.")
+    if first_frame is not None:
+        video_latent, video_mask = _with_first_frame(video_noise, first_frame, video_latent, video_mask)
+    video = _modality("video", video_noise, 2, video_latent, video_mask)
+    audio = _modality("audio", audio_noise, 1, audio_latent, audio_mask)
+    network = _Network(
+        backbone,
+        conditions(context, negative, timbre, timbre_positions),
+        video,
+        audio,
+        batch_predictions,
+        should_stop,
+    )
+    present = [modality for modality in (video, audio) if modality is not None]
+    solvers = [sampler(sigmas) for _ in present]
+    levels = [float(sigma) for sigma in sigmas]
+    steps = len(levels) - 1
+    timesteps = flow_timesteps(torch.tensor(levels[:-1])).tolist()
+    samples = [modality.start(levels[0]) for modality in present]
+    for step, (sigma, timestep) in enumerate(zip(levels, timesteps, strict=False), start=1):
+        known = [modality.keep(sample) for modality, sample in zip(present, samples, strict=True)]
+        names = guidance.needed(sigma, timbre is not None, video is not None, audio is not None)
+        predictions = network.predict(names, _as_pair(known, video, audio), timestep)
+        velocities = _present(guidance.combine(predictions, sigma, timbre is not None))
+        denoised = [
+            modality.keep(sample - sigma * velocity)
+            for modality, sample, velocity in zip(present, known, velocities, strict=True)
+        ]
+        _check_finite(denoised, step, steps)
+        samples = [
+            solver.step_denoised(x0, sample) for solver, x0, sample in zip(solvers, denoised, samples, strict=True)
+        ]
+        if callback is not None:
+            callback(step, steps, *_as_pair(denoised, video, audio))
+    result = [modality.keep(sample) for modality, sample in zip(present, samples, strict=True)]
+    return _as_pair(result, video, audio)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """The backbone with a clip's conditions: one velocity pair for each prediction asked for."""
+
+    backbone: Callable[..., Pair]
+    conditions: dict[str, Condition]
+    video: Modality | None
+    audio: Modality | None
+    batched: bool
+    should_stop: Callable[[], bool] | None
+
+    def predict(self, names: tuple[str, ...], samples: Pair, timestep: float) -> dict[str, Pair]:
+        """Velocities (fp32) of the predictions ``names`` at ``samples``."""
+        times = self._timesteps(timestep)
+        velocities = {}
+        for group in self._groups(names):
+            if self.should_stop is not None and self.should_stop():
+                raise Interrupted("The run was interrupted.")
+            velocities.update(self._pass(group, samples, times))
+        return velocities
+
+    def _timesteps(self, timestep: float) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        video, audio = (None if m is None else m.timesteps(timestep) for m in (self.video, self.audio))
+        if video is None or audio is None:
+            only = video if audio is None else audio
+            return only if only.ndim == 1 else (only, only[:, 0])
+        return video if video.ndim == audio.ndim == 1 else (video, audio)
+
+    def _groups(self, names: tuple[str, ...]) -> list[list[str]]:
+        if not self.batched:
+            return [[name] for name in names]
+        groups: dict[bool, list[str]] = {}
+        for name in names:
+            groups.setdefault(self.conditions[name].cross_modal, []).append(name)
+        return list(groups.values())
+
+    def _pass(self, names: list[str], samples: Pair, times) -> dict[str, Pair]:
+        batch, count = len(_present(samples)[0]), len(names)
+        merged = _merge([self.conditions[name] for name in names], batch)
+        dtype = merged.context.dtype
+        video, audio = (None if s is None else _repeat(s.to(dtype), count) for s in samples)
+        times = _repeat(times, count) if torch.is_tensor(times) else tuple(_repeat(t, count) for t in times)
+        outputs = self.backbone(
+            video,
+            audio,
+            times,
+            merged.context,
+            timbre=merged.timbre,
+            timbre_positions=merged.timbre_positions,
+            cross_modal=merged.cross_modal,
+        )
+        parts = [[None] * count if out is None else out.float().split(batch) for out in outputs]
+        return {name: (parts[0][i], parts[1][i]) for i, name in enumerate(names)}
+
+
+def _merge(group: list[Condition], batch: int) -> Condition:
+    """The conditions of one pass, stacked along the batch: contexts zero-padded, absent voices unused."""
+    length = max(condition.context.shape[1] for condition in group)
+    contexts = [
+        torch.nn.functional.pad(condition.context, (0, 0, 0, length - condition.context.shape[1]))
+        for condition in group
+    ]
+    context = torch.cat([_fill(each, batch) for each in contexts])
+    voiced = next((condition for condition in group if condition.timbre is not None), None)
+    if voiced is None:
+        return Condition(context, cross_modal=group[0].cross_modal)
+    timbre = torch.cat([_fill(voiced.timbre, batch)] * len(group))
+    positions = torch.cat(
+        [
+            _fill(
+                voiced.timbre_positions if each is voiced else torch.full_like(voiced.timbre_positions, -1),
+                batch,
+            )
+            for each in group
+        ]
+    )
+    return Condition(context, timbre, positions, group[0].cross_modal)
+
+
+def _fill(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    """``tensor`` (batch or 1, ...) as (batch, ...)."""
+    if tensor.shape[0] not in (1, batch):
+        raise ValueError(f"A condition is for a batch of {tensor.shape[0]}, the noise for one of {batch}.")
+    return tensor.expand(batch, *tensor.shape[1:])
+
+
+def _repeat(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    return tensor if count == 1 else tensor.repeat(count, *[1] * (tensor.ndim - 1))
+
+
+def _present(values) -> list:
+    return [value for value in values if value is not None]
+
+
+def _as_pair(values: list, video: Modality | None, audio: Modality | None) -> Pair:
+    values = iter(values)
+    return (None if video is None else next(values)), (None if audio is None else next(values))
+
+
+def _modality(
+    name: str,
+    noise: torch.Tensor | None,
+    steps_dim: int,
+    latent: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> Modality | None:
+    if noise is None:
+        if latent is not None or mask is not None:
+            raise ValueError(f"There is a given {name} part, but no {name} noise: the clip has no {name}.")
+        return None
+    if mask is not None and latent is None:
+        raise ValueError(f"A mask says which {name} parts are given: give {name}_latent too.")
+    for what, tensor in (("latent", latent), ("mask", mask)):
+        if tensor is None:
+            continue
+        try:
+            fits = torch.broadcast_shapes(tensor.shape, noise.shape) == noise.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"The {name} {what} of shape {tuple(tensor.shape)} does not fit "
+                f"{name} noise of shape {tuple(noise.shape)}."
+            )
+    return Modality(noise, steps_dim, latent, mask)
+
+
+def _with_first_frame(
+    noise: torch.Tensor | None,
+    frame: torch.Tensor,
+    latent: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The video latent and mask with ``frame`` as the given frame 0."""
+    if noise is None:
+        raise ValueError("A first frame needs a clip with video: give video_noise.")
+    size = noise[:, :, :1].shape
+    if frame.ndim != 5 or frame.shape[0] not in (1, size[0]) or frame.shape[1:] != size[1:]:
+        raise ValueError(f"The first frame's latent must be {tuple(size)}; got {tuple(frame.shape)}.")
+    latent = torch.zeros_like(noise) if latent is None else latent.expand_as(noise).clone()
+    mask = torch.ones_like(noise[:, :1]) if mask is None else mask.expand_as(noise).clone()
+    latent[:, :, :1] = frame.to(latent)
+    mask[:, :, :1] = 0
+    return latent, mask
+
+
+def _check_finite(latents: list[torch.Tensor], step: int, steps: int) -> None:
+    if not all(bool(latent.isfinite().all()) for latent in latents):
+        raise FloatingPointError(
+            f"The network returned NaN or infinity at step {step} of {steps}: "
+            "its weights are damaged, or its dtype is too narrow; try bf16 or fp32."
+        )
