@@ -1,0 +1,17 @@
+"""The pack's nodes, a file a family."""
+
+from comfy_api.latest import ComfyExtension
+
+from .decode import DECODE_NODES
+from .latents import LATENT_NODES
+from .loaders import LOADER_NODES
+from .prompt import PROMPT_NODES
+from .sampling import SAMPLING_NODES
+from .timbre import TIMBRE_NODES
+
+
+class NavaExtension(ComfyExtension):
+    """What ComfyUI asks for the nodes."""
+
+    async def get_node_list(self):
+        return [*LOADER_NODES, *TIMBRE_NODES, *PROMPT_NODES, *LATENT_NODES, *SAMPLING_NODES, *DECODE_NODES]

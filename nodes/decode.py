@@ -1,0 +1,120 @@
+"""Decoding nodes: from latents to frames, sound and a clip. Batches come out as lists, a clip each."""
+
+from comfy_api.latest import io
+
+from ..nava_core.geometry import FPS
+from ..nava_core.media import LOUDNESS_MODES
+from .host.vae import decode_audio_clips, decode_video_clips
+from .host.video import MuxedVideo
+from .types import category
+
+
+class NavaDecodeVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaDecodeVideo",
+            display_name="NAVA Decode Video",
+            category=category("decode"),
+            description="Turns a clip's latent into frames.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="From NAVA Sampler."),
+                io.Vae.Input("vae", tooltip="The Wan2.2 video VAE."),
+                io.Boolean.Input("tiled", default=False, tooltip="Decode in tiles: less memory, a little slower."),
+                io.Int.Input(
+                    "tile_size",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=32,
+                    advanced=True,
+                    tooltip="Tiles of so many pixels.",
+                ),
+                io.Int.Input(
+                    "overlap", default=64, min=0, max=4096, step=32, advanced=True, tooltip="Pixels that tiles share."
+                ),
+                io.Int.Input(
+                    "temporal_size",
+                    default=64,
+                    min=8,
+                    max=4096,
+                    step=4,
+                    advanced=True,
+                    tooltip="Frames decoded at a time, with tiles.",
+                ),
+                io.Int.Input(
+                    "temporal_overlap",
+                    default=8,
+                    min=4,
+                    max=4096,
+                    step=4,
+                    advanced=True,
+                    tooltip="Frames that such pieces share.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="frames", is_output_list=True)],
+        )
+
+    @classmethod
+    def execute(cls, latent, vae, tiled, tile_size, overlap, temporal_size, temporal_overlap) -> io.NodeOutput:
+        tiles = {
+            "tile_size": tile_size,
+            "overlap": overlap,
+            "temporal_size": temporal_size,
+            "temporal_overlap": temporal_overlap,
+        }
+        return io.NodeOutput(decode_video_clips(vae, latent, **(tiles if tiled else {})))
+
+
+class NavaDecodeAudio(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaDecodeAudio",
+            display_name="NAVA Decode Audio",
+            category=category("decode"),
+            description="Turns a clip's latent into 48 kHz stereo sound, exactly as long as its picture.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="From NAVA Sampler."),
+                io.Vae.Input("audio_vae", tooltip="From NAVA Load Audio VAE."),
+                io.Combo.Input(
+                    "loudness",
+                    options=list(LOUDNESS_MODES),
+                    default=LOUDNESS_MODES[0],
+                    advanced=True,
+                    tooltip="Leave the sound as it comes, or turn it down where it would clip.",
+                ),
+            ],
+            outputs=[io.Audio.Output(is_output_list=True)],
+        )
+
+    @classmethod
+    def execute(cls, latent, audio_vae, loudness) -> io.NodeOutput:
+        return io.NodeOutput(decode_audio_clips(audio_vae, latent, loudness))
+
+
+class NavaMux(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaMux",
+            display_name="NAVA Mux",
+            category=category("decode"),
+            description="Joins frames and sound to a clip for Save Video: equal lengths, right colours, whole files.",
+            search_aliases=["create video", "combine"],
+            inputs=[
+                io.Image.Input("frames", tooltip="From NAVA Decode Video."),
+                io.Audio.Input("audio", optional=True, tooltip="From NAVA Decode Audio; none for a silent clip."),
+                io.Float.Input(
+                    "fps", default=float(FPS), min=1.0, max=120.0, step=1.0, tooltip="NAVA makes 24 frames a second."
+                ),
+            ],
+            outputs=[io.Video.Output()],
+        )
+
+    @classmethod
+    def execute(cls, frames, fps, audio=None) -> io.NodeOutput:
+        return io.NodeOutput(MuxedVideo(frames, audio, fps))
+
+
+DECODE_NODES = [NavaDecodeVideo, NavaDecodeAudio, NavaMux]

@@ -1,0 +1,45 @@
+"""A prompt with its voices as the host's CONDITIONING."""
+
+from __future__ import annotations
+
+import torch
+
+from ...nava_core.prompt import bind_voices, span_voices, timbre_inputs
+from .model import TIMBRE, TIMBRE_POSITIONS
+from .text_encoder import encode_conditioning, encode_ids, prompt_tokenizer
+
+
+def encode_prompt(clip, prompt: str, voices=(), spans=None) -> tuple[list, str, list[str]]:
+    """(CONDITIONING, report, warnings) of a prompt; an empty one gives the all-zero context.
+
+    ``voices``: timbres (1, 192), bound to the spans by order, or ``spans`` (SpanSpec with their own timbres), bound
+    by object. Raises ValueError where voices and spans do not fit, or spans are not the prompt's.
+    """
+    if not prompt.strip():
+        if voices or any(span.timbre is not None for span in spans or []):
+            raise ValueError("Voices were given but the prompt is empty: write the words to be said as <S>words<E>.")
+        context = encode_ids(clip, [1])
+        return [[torch.zeros_like(context), {}]], "Empty: the null the model was trained with.", []
+    tokenized = prompt_tokenizer(clip)(prompt)
+    voices, assignment = _voices(tokenized, list(voices), spans)
+    binding = bind_voices(tokenized.spans, voices, assignment)
+    timbre, positions = timbre_inputs(tokenized, voices, assignment)
+    extras = {} if timbre is None else {TIMBRE: timbre, TIMBRE_POSITIONS: positions}
+    report = tokenized.report(binding)
+    return encode_conditioning(clip, tokenized.ids, extras), report, [report] if tokenized.is_cut else []
+
+
+def _voices(tokenized, voices, spans):
+    if not spans:
+        return voices, None
+    if len(spans) != len(tokenized.spans):
+        raise ValueError(
+            f"{len(spans)} speech spans are connected but the prompt has {len(tokenized.spans)}: connect prompt and "
+            "spans of the same NAVA Structured Prompt, or disconnect the spans."
+        )
+    own, assignment = span_voices(spans)
+    if not voices:
+        return own, assignment if own else None
+    if own:
+        raise ValueError("Voices come both with the spans and by themselves: connect one or the other.")
+    return voices, None

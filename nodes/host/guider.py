@@ -1,0 +1,138 @@
+"""NAVA's guidance as the host's GUIDER, and the one-node run of the same parts."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.nested_tensor
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+
+from ...nava_core.sampling import FlowUniPC, Guidance
+from .latents import absent_parts
+from .model import CROSS_MODAL, TIMBRE, TIMBRE_POSITIONS, NavaModel
+
+# The predictions by the letters of nava_core.sampling.guidance, and the names the host keeps their conditions under.
+PREDICTIONS = {"c": "positive", "u": "negative", "m": "alignment_null", "n": "timbre_null"}
+
+
+class NavaGuider(comfy.samplers.CFGGuider):
+    """Guidance from up to four predictions, handed to the host together so that it may batch or spread them."""
+
+    def __init__(self, model_patcher, guidance: Guidance):
+        super().__init__(model_patcher)
+        self.guidance = guidance
+
+    def set_conds(self, positive, negative=None):
+        """Conditionings as ComfyUI has them; without ``negative`` the text null is the all-zero context."""
+        if negative is None:
+            negative = [[None, {}]]
+        text_only = [[context, _without_voices(extra)] for context, extra in positive]
+        self.has_voice = any(extra.get(TIMBRE) is not None for _, extra in positive)
+        self.inner_set_conds(
+            {
+                "positive": positive,
+                "negative": [[context, _without_voices(extra)] for context, extra in negative],
+                "alignment_null": [[context, {**extra, CROSS_MODAL: False}] for context, extra in text_only],
+                "timbre_null": text_only,
+            }
+        )
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        model_options = {} if model_options is None else model_options
+        model = self.inner_model
+        shapes = model.latent_shapes
+        gone = absent_parts(shapes)
+        sigma = float(timestep.flatten()[0])
+        needed = self.guidance.needed(
+            sigma, self.has_voice, has_video=not gone[0], has_audio=len(gone) > 1 and not gone[1]
+        )
+        conds = [self.conds[PREDICTIONS[name]] for name in needed]
+        predictions = comfy.samplers.calc_cond_batch(model, conds, x, timestep, model_options)
+        # The guidance formulas' weights add up to one, so they hold for denoised latents as for velocities.
+        pairs = {
+            name: _modalities(prediction, shapes, gone) for name, prediction in zip(needed, predictions, strict=True)
+        }
+        combined = self.guidance.combine(pairs, sigma, self.has_voice)
+        parts = comfy.utils.unpack_latents(predictions[0], shapes)
+        parts = [part if new is None else new for part, new in zip(parts, combined, strict=False)]
+        denoised = comfy.utils.pack_latents(parts)[0] if len(parts) > 1 else parts[0]
+        return _post_cfg(denoised, x, timestep, dict(zip(needed, predictions, strict=True)), self, model_options)
+
+
+def _without_voices(extra: dict) -> dict:
+    return {key: value for key, value in extra.items() if key not in (TIMBRE, TIMBRE_POSITIONS)}
+
+
+def _modalities(prediction, shapes, gone):
+    """A packed prediction as (video | None, audio | None)."""
+    parts = comfy.utils.unpack_latents(prediction, shapes)
+    parts = [None if missing else part for part, missing in zip(parts, gone, strict=True)]
+    return tuple([*parts, None][:2])
+
+
+def _post_cfg(denoised, x, timestep, predictions, guider, model_options):
+    """What other nodes hang behind guidance (``sampler_post_cfg_function``)."""
+    conds = guider.conds
+    for function in model_options.get("sampler_post_cfg_function", []):
+        denoised = function(
+            {
+                "denoised": denoised,
+                "cond": conds["positive"],
+                "uncond": conds["negative"],
+                "cond_scale": guider.guidance.video_text,
+                "model": guider.inner_model,
+                "uncond_denoised": predictions.get("u"),
+                "cond_denoised": predictions["c"],
+                "sigma": timestep,
+                "model_options": model_options,
+                "input": x,
+            }
+        )
+    return denoised
+
+
+def unipc_sampler():
+    """The makers' solver as the host's SAMPLER."""
+    return comfy.samplers.KSAMPLER(_sample_unipc)
+
+
+def _sample_unipc(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    solver = FlowUniPC(sigmas)
+    ones = x.new_ones([x.shape[0]])
+    for index in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[index] * ones, **(extra_args or {}))
+        if callback is not None:
+            callback({"x": x, "i": index, "sigma": sigmas[index], "sigma_hat": sigmas[index], "denoised": denoised})
+        x = solver.step_denoised(denoised, x)
+    return x
+
+
+def make_guider(model, positive, negative, guidance: Guidance) -> NavaGuider:
+    """A guider over a NAVA MODEL; raises ValueError in a sentence for a MODEL of another kind."""
+    if not isinstance(model.model, NavaModel):
+        raise ValueError(
+            f"This MODEL is a {type(model.model).__name__}, not NAVA: connect the one from the NAVA Load Backbone node."
+        )
+    guider = NavaGuider(model, guidance)
+    guider.set_conds(positive, negative)
+    return guider
+
+
+def sample(guider, latent: dict, seed: int, sampler, sigmas) -> dict:
+    """One run, with the host's noise, previews, progress and interruption: LATENT in, LATENT out."""
+    samples = latent["samples"]
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    callback = latent_preview.prepare_callback(guider.model_patcher, sigmas.shape[-1] - 1)
+    result = guider.sample(
+        noise,
+        samples,
+        sampler,
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return {**latent, "samples": result.to(comfy.model_management.intermediate_device())}

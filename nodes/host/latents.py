@@ -1,0 +1,102 @@
+"""The host's latents of a clip: nested [video, audio], or packed to (B, 1, values) inside its samplers."""
+
+from __future__ import annotations
+
+import math
+
+import comfy.model_management
+import comfy.nested_tensor
+import comfy.utils
+import torch
+
+from ...nava_core.geometry import AUDIO_BINS, AUDIO_CHANNELS, FPS, VIDEO_CHANNELS, ClipGeometry, frames_of_latents
+
+
+def is_nested(latent) -> bool:
+    return getattr(latent, "is_nested", False) and hasattr(latent, "unbind") and hasattr(latent, "tensors")
+
+
+def shapes_of(latent_shapes, latent) -> list[tuple[int, ...]]:
+    """Shapes of a latent's parts, as the host's sampler gave them or as the latent has them."""
+    return [tuple(shape) for shape in (latent_shapes or [latent.shape])]
+
+
+def absent_parts(shapes) -> list[bool]:
+    """Which parts stand for a modality that the clip does not have: video of one value a channel, audio of one step."""
+    video = tuple(shapes[0][2:]) == (1, 1, 1)
+    return [video] + [shape[2] == 1 for shape in shapes[1:2]]
+
+
+def check_shapes(shapes, config) -> None:
+    """Raise ValueError, in a sentence, for a latent that is not this model's."""
+    hint = "make one with the NAVA Empty Latent node"
+    video = shapes[0]
+    if len(video) != 5 or video[1] != config.vid_in_dim:
+        raise ValueError(
+            f"This latent is of another model: its picture part is {video}, NAVA's is "
+            f"(batch, {config.vid_in_dim}, frames, height, width); {hint}."
+        )
+    if len(shapes) == 1:
+        return
+    audio = shapes[1]
+    if len(shapes) > 2 or len(audio) != 4 or audio[1] * audio[3] != config.audio_in_dim:
+        raise ValueError(
+            f"This latent is of another model: its sound part is {audio}, NAVA's is "
+            f"(batch, 8, steps, {config.audio_in_dim // 8}); {hint}."
+        )
+    if all(absent_parts(shapes)):
+        raise ValueError(f"This latent has neither picture nor sound: {hint}.")
+
+
+def map_video(latent, function, latent_shapes):
+    """``function`` on the video part of a latent: nested, packed (``latent_shapes`` then tell its parts), or alone."""
+    if is_nested(latent):
+        video, *rest = latent.unbind()
+        return comfy.nested_tensor.NestedTensor([function(video), *rest])
+    if latent.ndim == 5:
+        return function(latent)
+    if latent.ndim != 3:
+        return latent  # the audio part alone
+    values = sum(math.prod(shape[1:]) for shape in latent_shapes or [])
+    if values != latent.shape[2]:
+        raise ValueError(
+            f"A packed latent of {latent.shape[2]} values came without the shapes of its parts "
+            f"(the last run's had {values}): sample it with this model first."
+        )
+    video, *rest = comfy.utils.unpack_latents(latent, latent_shapes)
+    return comfy.utils.pack_latents([function(video), *rest])[0]
+
+
+def empty_latent(geometry: ClipGeometry, batch: int = 1) -> dict:
+    """LATENT of zeros for a clip; an absent modality is one value a channel, or one step."""
+    device = comfy.model_management.intermediate_device()
+    video = torch.zeros(batch, *(geometry.latent_shape or (VIDEO_CHANNELS, 1, 1, 1)), device=device)
+    audio = torch.zeros(batch, *(geometry.audio_shape or (AUDIO_CHANNELS, 1, AUDIO_BINS)), device=device)
+    return {"samples": comfy.nested_tensor.NestedTensor([video, audio])}
+
+
+def video_part(latent: dict) -> torch.Tensor:
+    """The video latent (B, 48, T, H, W) of a LATENT; ValueError where it has none."""
+    samples = latent["samples"]
+    video = samples.unbind()[0] if is_nested(samples) else samples
+    if video.ndim != 5 or absent_parts([video.shape])[0]:
+        raise ValueError("This latent has no picture: it is of an audio-only clip, so leave the picture nodes out.")
+    return video
+
+
+def audio_part(latent: dict) -> torch.Tensor:
+    """The audio latent (B, 8, L, 16) of a LATENT; ValueError where it has none."""
+    samples = latent["samples"]
+    audio = samples.unbind()[-1] if is_nested(samples) else samples
+    if audio.ndim != 4 or audio.shape[2] == 1:
+        raise ValueError("This latent has no sound: it is of a picture-only clip, so leave the sound nodes out.")
+    return audio
+
+
+def clip_seconds(latent: dict) -> float | None:
+    """Exact length of the picture in a LATENT of picture and sound; None where there is no picture."""
+    samples = latent["samples"]
+    if not is_nested(samples):
+        return None
+    video = samples.unbind()[0]
+    return None if absent_parts([video.shape])[0] else frames_of_latents(video.shape[2]) / FPS

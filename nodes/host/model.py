@@ -1,0 +1,351 @@
+"""NAVA as a ComfyUI MODEL: the core's backbone under the host's operations, patcher and sampling.
+
+Run on ComfyUI 0.18.1. What newer hosts do themselves (telling the model the latent shapes, handing callbacks the
+nested latent) is detected by what they have, and then left to them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import ClassVar
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.supported_models_base
+import comfy.utils
+import torch
+import torch.nn.functional as F
+
+from ...nava_core.backbone import BackboneConfig, NavaBackbone, activation_bytes
+from ...nava_core.checkpoint import (
+    FileKind,
+    WrongFileError,
+    backbone_config,
+    backbone_problem,
+    describe_file,
+    explain_wrong_file,
+    main_dtype,
+    open_checkpoint,
+    stream_tensors,
+)
+from ...nava_core.geometry import audio_latent_to_tokens, audio_tokens_to_latent
+from .latents import absent_parts, check_shapes, map_video, shapes_of
+from .preview import video_first
+
+# Conditioning keys of this pack; stock guiders carry them to the model like any other.
+TIMBRE = "nava_timbre"  # (1, S, 192)
+TIMBRE_POSITIONS = "nava_timbre_positions"  # (1, S)
+CROSS_MODAL = "nava_cross_modal"  # bool
+
+# From this many tokens on one prediction alone fills a GPU: two at once would only double the memory.
+BATCH_TOKENS = 8192
+ALLOCATOR_SLACK = 1.1  # what PyTorch's allocator holds beside live tensors
+WRAPPER_KEY = "nava"
+
+
+def host_attention(q, k, v, heads, options):
+    """The attention the host chose, with its overrides; see nava_core.backbone.layers.AttentionFunction."""
+    return comfy.ldm.modules.attention.optimized_attention(q, k, v, heads, transformer_options=options or {})
+
+
+class HostBackbone(NavaBackbone):
+    """The backbone as the host's samplers call it: a list of latents in, a list of velocities out."""
+
+    def __init__(self, *, dtype=None, device=None, operations=None, **config):
+        super().__init__(
+            BackboneConfig(**config), dtype=dtype, device=device, operations=operations, attention=host_attention
+        )
+
+    def forward(self, x, timestep, context, control=None, transformer_options=None, **conditions):
+        """x: [video (B, 48, T, H, W), audio (B, 8, L, 16)] or video alone; velocities of the same form."""
+        options = {} if transformer_options is None else transformer_options
+        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self._predict,
+            self,
+            comfy.patcher_extension.get_all_wrappers(
+                comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
+            ),
+        ).execute(x, timestep, context, options, **conditions)
+
+    def _predict(
+        self,
+        x,
+        timestep,
+        context,
+        transformer_options,
+        timbre=None,
+        timbre_positions=None,
+        cross_modal=True,
+        **_,
+    ):
+        parts = [x] if torch.is_tensor(x) else list(x)
+        gone = absent_parts([part.shape for part in parts])
+        video = None if gone[0] else parts[0]
+        audio = None if len(parts) < 2 or gone[1] else audio_latent_to_tokens(parts[1])
+        transformer_options["total_blocks"] = len(self.double_blocks) + len(self.single_blocks)
+        velocities = super().forward(
+            video,
+            audio,
+            timestep,
+            context,
+            timbre=timbre,
+            timbre_positions=timbre_positions,
+            cross_modal=cross_modal,
+            options=transformer_options,
+        )
+        out = [torch.zeros_like(part) if missing else None for part, missing in zip(parts, gone, strict=True)]
+        if video is not None:
+            out[0] = velocities[0]
+        if audio is not None:
+            out[1] = audio_tokens_to_latent(velocities[1])
+        return out[0] if torch.is_tensor(x) else out
+
+    def run_block(self, kind, index, block, tokens, state):
+        """One block, or what a node has put in its place (``patches_replace``)."""
+        options = state.options
+        options["block_type"], options["block_index"] = kind, index
+        replacement = options.get("patches_replace", {}).get("dit", {}).get((f"{kind}_block", index))
+        if replacement is None:
+            return block(tokens, state)
+        arguments = {
+            "img": tokens,
+            "txt": state.context,
+            "vec": state.vectors,
+            "pe": state.table,
+            "transformer_options": options,
+        }
+        original = {"original_block": lambda args: {"img": block(args["img"], state)}}
+        return replacement(arguments, original)["img"]
+
+
+class NavaModel(comfy.model_base.BaseModel):
+    """The host's model: flow sampling, conditions, latent spaces and memory figures of NAVA."""
+
+    def __init__(self, model_config, device=None):
+        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostBackbone)
+        # Newer hosts have the attribute and set it before each run; 0.18 leaves both to outer_sample below.
+        self.host_tells_shapes = hasattr(self, "latent_shapes")
+        self.latent_shapes = None
+        self._clean = None  # packed mask of wholly given frames and steps of the run under way
+
+    # ------------------------------------------------------------ conditions
+
+    def extra_conds(self, **kwargs):
+        config = self.diffusion_model.config
+        context = kwargs.get("cross_attn")
+        if context is None:
+            context = torch.zeros(1, 1, config.text_dim)
+        _check_context(context, config)
+        # The host pads contexts of unequal length by repeating them; this model's padding is zeros.
+        context = F.pad(context, (0, 0, 0, config.text_len - context.shape[1]))
+        out = {
+            "c_crossattn": comfy.conds.CONDRegular(context),
+            "cross_modal": comfy.conds.CONDConstant(kwargs.get(CROSS_MODAL, True)),
+        }
+        if kwargs.get(TIMBRE) is not None:
+            out["timbre"] = comfy.conds.CONDRegular(kwargs[TIMBRE])
+            out["timbre_positions"] = comfy.conds.CONDRegular(kwargs[TIMBRE_POSITIONS])
+        shapes = shapes_of(kwargs.get("latent_shapes"), kwargs["noise"])
+        if len(shapes) > 1:
+            out["latent_shapes"] = comfy.conds.CONDConstant(shapes)
+        if kwargs.get("denoise_mask") is not None:
+            masks = comfy.utils.unpack_latents(kwargs["denoise_mask"], shapes)
+            for name, mask in zip(("video_steps", "audio_steps"), masks, strict=False):
+                out[name] = comfy.conds.CONDRegular(_generated_steps(mask).to(kwargs["device"]))
+        if self._tokens(kwargs["noise"].shape) > BATCH_TOKENS:
+            out["prediction"] = comfy.conds.CONDConstant(kwargs.get("prompt_type"))
+        return out
+
+    def process_timestep(self, timestep, video_steps=None, audio_steps=None, **kwargs):
+        """Whole timesteps; 0 where a frame or an audio step is given, so a pair (video, audio) then."""
+        timestep = timestep.floor()
+        if video_steps is None and audio_steps is None:
+            return timestep
+        return tuple(
+            timestep if steps is None else timestep[:, None] * steps.float() for steps in (video_steps, audio_steps)
+        )
+
+    def scale_latent_inpaint(self, sigma, noise, latent_image, **kwargs):
+        """The given part as the network sees it: clean where a frame or step is given whole, else noised."""
+        noised = super().scale_latent_inpaint(sigma=sigma, noise=noise, latent_image=latent_image, **kwargs)
+        return noised if self._clean is None else torch.where(self._clean.to(noised.device), latent_image, noised)
+
+    # ------------------------------------------------------------ latent spaces
+
+    def process_latent_in(self, latent):
+        return map_video(latent, self.latent_format.process_in, self.latent_shapes)
+
+    def process_latent_out(self, latent):
+        return map_video(latent, self.latent_format.process_out, self.latent_shapes)
+
+    # ------------------------------------------------------------ memory
+
+    def _tokens(self, shape) -> int:
+        """Tokens of one sample, from a latent's shape: its own, or packed (B, 1, values)."""
+        shapes = [shape]
+        if len(shape) == 3:
+            known = self.latent_shapes is not None and shape[2] == sum(math.prod(s[1:]) for s in self.latent_shapes)
+            if not known:
+                return math.ceil(shape[2] / (4 * self.diffusion_model.config.vid_in_dim))
+            shapes = self.latent_shapes
+        frames, height, width = shapes[0][2:]
+        video = 0 if (frames, height, width) == (1, 1, 1) else frames * -(-height // 2) * -(-width // 2)
+        return video + (shapes[1][2] if len(shapes) > 1 else 0)
+
+    def memory_required(self, input_shape, cond_shapes=None):
+        """Bytes one pass needs beside the weights, for a batch of ``input_shape[0]``."""
+        size = comfy.model_management.dtype_size(self.get_dtype_inference())
+        live = activation_bytes(self.diffusion_model.config, input_shape[0], self._tokens(input_shape), size)
+        return live * ALLOCATOR_SLACK
+
+
+class NavaConfig(comfy.supported_models_base.BASE):
+    """What the host asks of a model family."""
+
+    unet_extra_config: ClassVar = {}
+    sampling_settings: ClassVar = {"shift": 5.0}
+    latent_format = comfy.latent_formats.Wan22
+    supported_inference_dtypes: ClassVar = [torch.bfloat16, torch.float32]
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return NavaModel(self, device=device)
+
+
+def _check_context(context, config) -> None:
+    if context.shape[-1] != config.text_dim or context.shape[1] > config.text_len:
+        raise ValueError(
+            f"This conditioning is {tuple(context.shape)}; NAVA takes at most {config.text_len} tokens of width "
+            f"{config.text_dim} from its own umt5 text encoder: make it with the NAVA Encode Prompt node."
+        )
+
+
+def _generated_steps(mask):
+    """(B, C, steps, ...) noise mask -> (B, steps): 0 where all of a frame or step is given, else 1."""
+    return (mask.movedim(2, 1).flatten(2).amax(-1) > 0).float()
+
+
+def outer_sample(
+    executor,
+    noise,
+    latent_image,
+    sampler,
+    sigmas,
+    denoise_mask=None,
+    callback=None,
+    disable_pbar=False,
+    seed=None,
+    latent_shapes=None,
+):
+    """Around every run of the model, whatever guider or sampler drives it: record the latent's shapes, show the
+    preview its video part (where the host does not), and put given parts back exactly as they were."""
+    model = executor.class_obj.model_patcher.model
+    shapes = shapes_of(latent_shapes, latent_image)
+    check_shapes(shapes, model.diffusion_model.config)
+    model.latent_shapes = shapes
+    given = _given_values(shapes, latent_image, denoise_mask)
+    model._clean = _clean_values(shapes, denoise_mask)
+    if callback is not None and len(shapes) > 1 and not model.host_tells_shapes:
+        callback = video_first(callback, shapes)
+    try:
+        output = executor(
+            noise,
+            latent_image,
+            sampler,
+            sigmas,
+            denoise_mask,
+            callback,
+            disable_pbar,
+            seed,
+            latent_shapes=latent_shapes,
+        )
+    finally:
+        model._clean = None
+    return output if given is None else torch.where(given.to(output.device), latent_image.to(output), output)
+
+
+def _given_values(shapes, latent_image, denoise_mask):
+    """Where the result is to be the latent that was given, in its (packed) shape; None for nowhere."""
+    gone = absent_parts(shapes)
+    if denoise_mask is None and not any(gone):
+        return None
+    kept = torch.zeros_like(latent_image, dtype=torch.bool) if denoise_mask is None else denoise_mask.cpu() == 0
+    parts = comfy.utils.unpack_latents(kept.cpu(), shapes)
+    parts = [torch.ones_like(part) if missing else part for part, missing in zip(parts, gone, strict=True)]
+    return comfy.utils.pack_latents(parts)[0] if len(parts) > 1 else parts[0]
+
+
+def _clean_values(shapes, denoise_mask):
+    """Where whole frames and audio steps are given, in the (packed) shape; None without a mask."""
+    if denoise_mask is None:
+        return None
+    parts = []
+    for mask in comfy.utils.unpack_latents(denoise_mask, shapes):
+        steps = _generated_steps(mask) == 0
+        steps = steps.reshape(steps.shape[0], 1, -1, *[1] * (mask.ndim - 3))
+        parts.append(steps.expand_as(mask))
+    return comfy.utils.pack_latents(parts)[0] if len(parts) > 1 else parts[0]
+
+
+# ---------------------------------------------------------------- loading
+
+
+WEIGHT_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: bool = False):
+    """A NAVA checkpoint as the host's model patcher (MODEL).
+
+    ``weight_dtype``: "auto" (the host's choice for the GPU and the file) or one of ``WEIGHT_DTYPES``. Weights are
+    converted tensor by tensor, or left mapped from the file where the host moves them itself (dynamic VRAM).
+    Raises WrongFileError, in a sentence, for a file that is something else, damaged or incomplete.
+    """
+    info = describe_file(path)
+    if not info.is_backbone:
+        raise WrongFileError(explain_wrong_file(info, FileKind.NAVA_BACKBONE))
+    problem = backbone_problem(info)
+    if problem:
+        raise WrongFileError(problem)
+    config = NavaConfig(asdict(backbone_config(info)))
+    load_device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    config.set_inference_dtype(*_choose_dtypes(info, WEIGHT_DTYPES[weight_dtype], load_device))
+
+    model = config.get_model(None)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    if not comfy.model_management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    if patcher.is_dynamic():
+        weights = comfy.utils.load_torch_file(str(path))
+        weights = comfy.utils.state_dict_prefix_replace(weights, {info.prefix: ""}, filter_keys=True)
+        model.load_model_weights(weights, "", assign=True)
+    else:
+        _stream_weights(info, model.diffusion_model)
+    patcher.cached_patcher_init = (load_backbone, (path, weight_dtype))
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, outer_sample)
+    return patcher
+
+
+def _choose_dtypes(info, wanted, load_device):
+    """(weight dtype, compute dtype or None where they are the same), as the host chooses them for its own models."""
+    supported = NavaConfig.supported_inference_dtypes
+    dtype = wanted
+    if dtype is None:
+        parameters = sum(tensor.numel for tensor in info.model_tensors.values())
+        dtype = comfy.model_management.unet_dtype(
+            device=load_device, model_params=parameters, supported_dtypes=supported, weight_dtype=main_dtype(info)
+        )
+    return dtype, comfy.model_management.unet_manual_cast(dtype, load_device, supported)
+
+
+def _stream_weights(info, backbone) -> None:
+    """Fill the backbone's parameters from the file, one tensor in memory at a time."""
+    with open_checkpoint(info) as source, torch.no_grad():
+        for name, tensor in stream_tensors(source, backbone.dtype):
+            backbone.get_parameter(name).copy_(tensor)

@@ -1,0 +1,91 @@
+"""Latent nodes: the empty clip, and a picture as its first frame."""
+
+from comfy_api.latest import io
+
+from ..nava_core.geometry import PRESETS, ClipGeometry
+from .host.first_frame import set_first_frame
+from .host.latents import empty_latent
+from .types import category
+
+CUSTOM = "custom"
+MODES = {"video and audio": "video+audio", "audio only": "audio", "video only": "video"}
+
+
+class NavaEmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaEmptyLatent",
+            display_name="NAVA Empty Latent",
+            category=category("latent"),
+            description="An empty clip of the length, size and kind you want; 24 frames a second.",
+            inputs=[
+                io.Float.Input(
+                    "seconds",
+                    default=6.0,
+                    min=0.2,
+                    max=60.0,
+                    step=0.5,
+                    tooltip="Length of the clip. The model was trained up to 10 s.",
+                ),
+                io.Combo.Input(
+                    "preset", options=[*PRESETS, CUSTOM], tooltip="Size of the picture; custom takes the two below."
+                ),
+                io.Int.Input(
+                    "width", default=1280, min=32, max=4096, step=16, tooltip="For custom; multiples of 32 suit best."
+                ),
+                io.Int.Input(
+                    "height", default=704, min=32, max=4096, step=16, tooltip="For custom; multiples of 32 suit best."
+                ),
+                io.Combo.Input(
+                    "mode", options=list(MODES), default="video and audio", tooltip="What the clip is to have."
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Clips made at once."),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, seconds, preset, width, height, mode, batch_size) -> io.NodeOutput:
+        size = PRESETS.get(preset, (width, height))
+        return io.NodeOutput(empty_latent(ClipGeometry(seconds, *size, MODES[mode]), batch_size))
+
+
+BUCKET = "nearest bucket to the picture"
+OWN_SIZE = "the latent's own"
+
+
+class NavaFirstFrame(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaFirstFrame",
+            display_name="NAVA First Frame",
+            category=category("latent"),
+            description="Lets the clip begin with a picture, which stays as it is.",
+            search_aliases=["image to video", "i2v"],
+            inputs=[
+                io.Latent.Input("latent", tooltip="From NAVA Empty Latent."),
+                io.Image.Input("image", tooltip="The first frame. It is scaled to cover the clip and centre-cropped."),
+                io.Vae.Input("vae", tooltip="The Wan2.2 video VAE."),
+                io.Combo.Input(
+                    "size",
+                    options=[BUCKET, OWN_SIZE],
+                    default=BUCKET,
+                    tooltip="Let the clip take the trained size nearest to the picture's proportions (about 960x960 "
+                    "pixels in all), or crop the picture to the latent's size.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(),
+                io.Image.Output(display_name="fitted image", tooltip="The picture as it was scaled and cropped."),
+                io.String.Output(display_name="report", tooltip="Scale, crop and the size of the clip."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, latent, image, vae, size) -> io.NodeOutput:
+        return io.NodeOutput(*set_first_frame(latent, image, vae, size == BUCKET))
+
+
+LATENT_NODES = [NavaEmptyLatent, NavaFirstFrame]

@@ -1,0 +1,133 @@
+"""Prompt nodes: speech spans, the structured prompt, and its encoding with voices bound to spans."""
+
+import logging
+
+from comfy_api.latest import io
+
+from ..nava_core.prompt import SpanSpec, StructuredPrompt
+from .host.conditioning import encode_prompt
+from .types import Span, Spans, Timbre, category
+
+MAX_SPANS = 16
+
+
+def text_input(name: str, tooltip: str, *, lines: bool = False, placeholder: str = "") -> io.String.Input:
+    return io.String.Input(name, default="", multiline=lines, placeholder=placeholder, tooltip=tooltip)
+
+
+class NavaSpeechSpan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaSpeechSpan",
+            display_name="NAVA Speech Span",
+            category=category("prompt"),
+            description="One thing that is said, by whom and how, with an optional reference voice.",
+            search_aliases=["dialogue", "speech", "line"],
+            inputs=[
+                text_input("words", "What is said, word for word.", lines=True, placeholder="Good morning!"),
+                text_input("speaker", "Who says it, as the picture shows them.", placeholder="the woman in red"),
+                text_input("voice", "What the voice is like.", placeholder="a warm, low voice"),
+                text_input("emotion", "The mood it is said in.", placeholder="calm, amused"),
+                text_input("pace", "How fast it is said.", placeholder="slowly, with pauses"),
+                text_input("position", "Where it is heard from.", placeholder="close, from the left"),
+                Timbre.Input("timbre", optional=True, tooltip="A reference voice from NAVA Encode Timbre."),
+            ],
+            outputs=[Span.Output(display_name="span")],
+        )
+
+    @classmethod
+    def execute(cls, words, speaker, voice, emotion, pace, position, timbre=None) -> io.NodeOutput:
+        return io.NodeOutput(SpanSpec(words, speaker, voice, emotion, pace, position, timbre))
+
+
+class NavaStructuredPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaStructuredPrompt",
+            display_name="NAVA Structured Prompt",
+            category=category("prompt"),
+            description="Joins what is seen, how it moves, the camera, the speech and the sound to one paragraph.",
+            inputs=[
+                text_input("visual", "What is seen: people, things, place, light, style.", lines=True),
+                text_input("dynamics", "What happens, in order.", lines=True),
+                text_input("camera", "Framing, lens and movement of the camera.", lines=True),
+                text_input("audio", "What is heard beside the speech: actions, objects, ambience, music.", lines=True),
+                io.Combo.Input(
+                    "language",
+                    options=["auto", "en", "zh"],
+                    default="auto",
+                    tooltip="Language of the words between your texts; auto: Chinese if most of the text is.",
+                ),
+                io.Autogrow.Input(
+                    "spans",
+                    template=io.Autogrow.TemplatePrefix(
+                        Span.Input("span", tooltip="Speech, in the order it is said."), "span", min=0, max=MAX_SPANS
+                    ),
+                    tooltip="Speech spans, in the order they are said.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="prompt"),
+                Spans.Output(display_name="spans", tooltip="The spans with their voices, for NAVA Encode Prompt."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, visual, dynamics, camera, audio, language, spans=None) -> io.NodeOutput:
+        ordered = [span for span in (spans or {}).values() if span is not None]
+        prompt = StructuredPrompt(visual, dynamics, camera, audio, ordered, language)
+        return io.NodeOutput(prompt.render(), ordered)
+
+
+class NavaEncodePrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaEncodePrompt",
+            display_name="NAVA Encode Prompt",
+            category=category("prompt"),
+            description="Encodes a prompt and binds reference voices to its speech spans, written <S>words<E>.",
+            search_aliases=["text encode", "prompt", "clip text encode"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="umt5, from NAVA Load Text Encoder."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="One dense paragraph; speech as <S>words<E>. At most 512 tokens. As a negative, leave it "
+                    "empty for the null the model was trained with.",
+                ),
+                Spans.Input(
+                    "spans",
+                    optional=True,
+                    tooltip="From NAVA Structured Prompt: binds each span to its own voice.",
+                ),
+                io.Autogrow.Input(
+                    "voices",
+                    template=io.Autogrow.TemplatePrefix(
+                        Timbre.Input("voice", tooltip="A reference voice from NAVA Encode Timbre."),
+                        "voice",
+                        min=0,
+                        max=MAX_SPANS,
+                    ),
+                    tooltip="Reference voices: the first speaks the first span, and so on; one alone speaks them all.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(),
+                io.String.Output(display_name="report", tooltip="Tokens used, spans and voices, and what was cut."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, prompt, spans=None, voices=None) -> io.NodeOutput:
+        given = [voice for voice in (voices or {}).values() if voice is not None]
+        conditioning, report, warnings = encode_prompt(clip, prompt, given, spans)
+        for warning in warnings:
+            logging.warning("NAVA prompt: %s", warning)
+        return io.NodeOutput(conditioning, report)
+
+
+PROMPT_NODES = [NavaSpeechSpan, NavaStructuredPrompt, NavaEncodePrompt]

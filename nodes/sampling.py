@@ -1,0 +1,175 @@
+"""Sampling nodes: the one-node sampler, and the same parts for the stock SamplerCustomAdvanced."""
+
+import math
+
+from comfy_api.latest import io
+
+from ..nava_core.sampling import Guidance, flow_sigmas
+from .host.guider import make_guider, sample, unipc_sampler
+from .types import category
+
+TERMS = {
+    "text": ("video_text", "audio_text"),
+    "align": ("video_align", "audio_align"),
+    "timbre": ("audio_timbre",),
+}
+
+
+def scale_input(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=30.0, step=0.1, round=0.01, tooltip=tooltip)
+
+
+def guidance_inputs() -> list:
+    """Scales of guidance, and the part of the run each acts in."""
+    inputs = [
+        io.Boolean.Input(
+            "alignment",
+            default=True,
+            tooltip="Set picture and sound against each other, so that they fit. Off, it saves a prediction a step.",
+        ),
+        scale_input("video_text", 3.0, "How closely the picture follows the prompt."),
+        scale_input("video_align", 3.0, "How closely the picture follows the sound."),
+        scale_input("audio_text", 2.0, "How closely the sound follows the prompt."),
+        scale_input("audio_align", 2.0, "How closely the sound follows the picture."),
+        scale_input("audio_timbre", 3.0, "How closely speech follows the reference voices; without any it is unused."),
+    ]
+    for term, scales in TERMS.items():
+        names = " and ".join(scales)
+        for end, default in (("start", 0.0), ("end", 1.0)):
+            inputs.append(
+                io.Float.Input(
+                    f"{term}_{end}",
+                    default=default,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip=f"Where in the run {names} {end}s acting, 0 to 1.",
+                )
+            )
+    return inputs
+
+
+def step_inputs() -> list:
+    return [
+        io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps."),
+        io.Float.Input(
+            "shift",
+            default=5.0,
+            min=0.1,
+            max=100.0,
+            step=0.1,
+            advanced=True,
+            tooltip="How much of the schedule is spent at high noise.",
+        ),
+    ]
+
+
+def model_inputs() -> list:
+    return [
+        io.Model.Input("model", tooltip="From NAVA Load Backbone, with LoRAs if you like."),
+        io.Conditioning.Input("positive", tooltip="From NAVA Encode Prompt."),
+        io.Conditioning.Input(
+            "negative", optional=True, tooltip="What to stay away from; left open, the null the model was trained with."
+        ),
+    ]
+
+
+def read_guidance(model, settings: dict) -> Guidance:
+    """Guidance from a node's widgets; parts of the run become noise levels as the host counts them."""
+    to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+    intervals = {}
+    for term, scales in TERMS.items():
+        start, end = settings.pop(f"{term}_start"), settings.pop(f"{term}_end")
+        if start > end:
+            raise ValueError(f"{term}_start ({start:g}) is after {term}_end ({end:g}): give a start before the end.")
+        highest = math.inf if start <= 0 else to_sigma(start)
+        lowest = -math.inf if end >= 1 else to_sigma(end)
+        intervals.update(dict.fromkeys(scales, (highest, lowest)))
+    return Guidance(**settings, intervals=intervals)
+
+
+class NavaGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaGuider",
+            display_name="NAVA Guider",
+            category=category("sampling"),
+            description="NAVA's guidance by text, alignment and timbre, for SamplerCustomAdvanced.",
+            inputs=[*model_inputs(), *guidance_inputs()],
+            outputs=[io.Guider.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative=None, **settings) -> io.NodeOutput:
+        return io.NodeOutput(make_guider(model, positive, negative, read_guidance(model, settings)))
+
+
+class NavaSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaSigmas",
+            display_name="NAVA Sigmas",
+            category=category("sampling"),
+            description="NAVA's own noise schedule.",
+            inputs=step_inputs(),
+            outputs=[io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, steps, shift) -> io.NodeOutput:
+        return io.NodeOutput(flow_sigmas(steps, shift))
+
+
+class NavaUniPC(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaUniPC",
+            display_name="NAVA UniPC",
+            category=category("sampling"),
+            description="The solver NAVA was released with: flow-matching UniPC of order 2.",
+            inputs=[],
+            outputs=[io.Sampler.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(unipc_sampler())
+
+
+class NavaSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NavaSampler",
+            display_name="NAVA Sampler",
+            category=category("sampling"),
+            description="Denoises a clip's picture and sound together, with NAVA's guidance, schedule and solver.",
+            search_aliases=["ksampler", "sample"],
+            inputs=[
+                *model_inputs(),
+                io.Latent.Input("latent", tooltip="From NAVA Empty Latent, with a first frame or other given parts."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The noise that the clip is made from.",
+                ),
+                *step_inputs(),
+                *guidance_inputs(),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, latent, seed, steps, shift, negative=None, **settings) -> io.NodeOutput:
+        guider = make_guider(model, positive, negative, read_guidance(model, settings))
+        return io.NodeOutput(sample(guider, latent, seed, unipc_sampler(), flow_sigmas(steps, shift)))
+
+
+SAMPLING_NODES = [NavaSampler, NavaGuider, NavaSigmas, NavaUniPC]
