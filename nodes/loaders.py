@@ -20,6 +20,18 @@ def file_input(folder: str, what: str) -> io.Combo.Input:
     )
 
 
+AUDIO_VAE_FOLDERS = ("vae", "checkpoints")  # ours, and where the stock LTX loader looks
+
+
+def audio_vae_files() -> list[str]:
+    return sorted({name for folder in AUDIO_VAE_FOLDERS for name in folder_paths.get_filename_list(folder)})
+
+
+def audio_vae_path(file: str) -> str:
+    found = (folder_paths.get_full_path(folder, file) for folder in AUDIO_VAE_FOLDERS)
+    return next((path for path in found if path), None) or folder_paths.get_full_path_or_raise("vae", file)
+
+
 def device_input(what: str) -> io.Combo.Input:
     return io.Combo.Input(
         "device",
@@ -87,7 +99,12 @@ class NavaLoadAudioVAE(io.ComfyNode):
             category=category("loaders"),
             description="Loads the LTX-2.3 audio VAE with its vocoder, which turns latents into 48 kHz stereo sound.",
             inputs=[
-                file_input("vae", "ltx-2.3-22b-dev_audio_vae.safetensors or its bf16 repack."),
+                io.Combo.Input(
+                    "file",
+                    options=audio_vae_files(),
+                    tooltip="ltx-2.3-22b-dev_audio_vae.safetensors or its bf16 repack. From ComfyUI's models/vae or "
+                    "models/checkpoints folder.",
+                ),
                 device_input("audio VAE"),
             ],
             outputs=[io.Vae.Output()],
@@ -95,7 +112,7 @@ class NavaLoadAudioVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, device) -> io.NodeOutput:
-        return io.NodeOutput(load_audio_vae(folder_paths.get_full_path_or_raise("vae", file), device))
+        return io.NodeOutput(load_audio_vae(audio_vae_path(file), device))
 
 
 class NavaLoadTextEncoder(io.ComfyNode):

@@ -67,10 +67,9 @@ def _mask(latent: dict, video: torch.Tensor):
     old = latent.get("noise_mask")
     parts = [] if old is None else (old.unbind() if is_nested(old) else [old])
     shape = (batch, 1, frames, height, width)
+    mask = torch.ones(shape)
     if parts:
-        mask = comfy.utils.reshape_mask(parts[0], video.shape)[:, :1].expand(shape).clone()
-    else:
-        mask = torch.ones(shape)
+        mask *= comfy.utils.reshape_mask(parts[0], video.shape)[:, :1]
     mask[:, :, 0] = 0
     samples = latent["samples"]
     if not is_nested(samples):

@@ -1,0 +1,37 @@
+"""Model files: recognised by content, described from their header, read safely, loaded tensor by tensor."""
+
+from .headers import FileInfo, TensorInfo, describe_file, format_bytes, format_count
+from .kinds import BACKBONES, FileKind, WrongFileError, explain_wrong_file
+from .loading import (
+    PlannedTensor,
+    backbone_config,
+    backbone_problem,
+    estimate_memory,
+    load_backbone,
+    main_dtype,
+    plan_tensors,
+    stream_tensors,
+)
+from .source import TensorSource, open_checkpoint
+
+__all__ = [
+    "BACKBONES",
+    "FileInfo",
+    "FileKind",
+    "PlannedTensor",
+    "TensorInfo",
+    "TensorSource",
+    "WrongFileError",
+    "backbone_config",
+    "backbone_problem",
+    "describe_file",
+    "estimate_memory",
+    "explain_wrong_file",
+    "format_bytes",
+    "format_count",
+    "load_backbone",
+    "main_dtype",
+    "open_checkpoint",
+    "plan_tensors",
+    "stream_tensors",
+]
