@@ -71,19 +71,35 @@ class Modality:
         """The sample at the first noise level."""
         return sigma * self.noise + (1.0 - sigma) * self.latent
 
+    def known(self, sample: torch.Tensor, sigma: float) -> torch.Tensor:
+        """``sample`` with the given parts as the network is to see them: clean where a whole frame or step is given,
+        at the sample's own noise level where only a part of one is."""
+        if self.mask is None:
+            return sample
+        given = torch.where(self._whole(), self.latent, self.start(sigma))
+        return self.mask * sample + (1.0 - self.mask) * given
+
     def keep(self, sample: torch.Tensor) -> torch.Tensor:
         """``sample`` with the given parts put back, exactly where the mask is 0."""
         if self.mask is None:
             return sample
         return self.mask * sample + (1.0 - self.mask) * self.latent
 
+    def _generated(self) -> torch.Tensor:
+        """(B, steps): whether anything of a frame or audio step is generated."""
+        return self.mask.movedim(self.steps_dim, 1).flatten(2).amax(dim=-1) > 0
+
+    def _whole(self) -> torch.Tensor:
+        """Where whole frames or steps are given, broadcastable to the sample."""
+        shape = [1] * self.noise.ndim
+        shape[0], shape[self.steps_dim] = self.noise.shape[0], self.noise.shape[self.steps_dim]
+        return ~self._generated().reshape(shape)
+
     def timesteps(self, timestep: float) -> torch.Tensor:
         """(B,), or (B, steps) where some of it is given: frames and audio steps given in full are at 0."""
-        batch, steps = self.noise.shape[0], self.noise.shape[self.steps_dim]
         if self.mask is None:
-            return torch.full((batch,), float(timestep), device=self.noise.device)
-        generated = self.mask.movedim(self.steps_dim, 1).reshape(batch, steps, -1).amax(dim=-1) > 0
-        return generated.float() * timestep
+            return torch.full(self.noise.shape[:1], float(timestep), device=self.noise.device)
+        return self._generated().float() * timestep
 
 
 @torch.no_grad()
@@ -117,8 +133,8 @@ def denoise(
     as sigma_0 * noise + (1 - sigma_0) * latent.
 
     ``video_latent``/``audio_latent`` are what the clip starts from, of the noise's shapes; where
-    ``video_mask`` (B, 1 or 48, T, H, W) or ``audio_mask`` (B, L, 1 or 128) is 0 they are kept: clean in every
-    pass, at timestep 0 where a whole frame or audio step is given, and unchanged in the result.
+    ``video_mask`` (B, 1 or 48, T, H, W) or ``audio_mask`` (B, L, 1 or 128) is 0 they are kept unchanged. The network
+    sees whole given frames and audio steps clean, at timestep 0; a given part of one at the noise level of the rest.
     ``first_frame`` (B or 1, 48, 1, H, W) is short for that at frame 0.
 
     ``sampler`` makes a solver with ``step_denoised(x0, sample)`` from the sigmas. ``batch_predictions`` runs
@@ -151,7 +167,7 @@ def denoise(
     timesteps = flow_timesteps(torch.tensor(levels[:-1])).tolist()
     samples = [modality.start(levels[0]) for modality in present]
     for step, (sigma, timestep) in enumerate(zip(levels, timesteps, strict=False), start=1):
-        known = [modality.keep(sample) for modality, sample in zip(present, samples, strict=True)]
+        known = [modality.known(sample, sigma) for modality, sample in zip(present, samples, strict=True)]
         names = guidance.needed(sigma, timbre is not None, video is not None, audio is not None)
         predictions = network.predict(names, _as_pair(known, video, audio), timestep)
         velocities = _present(guidance.combine(predictions, sigma, timbre is not None))

@@ -8,6 +8,7 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
+import torch
 
 from ...nava_core.sampling import FlowUniPC, Guidance
 from .latents import absent_parts
@@ -28,12 +29,14 @@ class NavaGuider(comfy.samplers.CFGGuider):
         """Conditionings as ComfyUI has them; without ``negative`` the text null is the all-zero context."""
         if negative is None:
             negative = [[None, {}]]
-        text_only = [[context, _without_voices(extra)] for context, extra in positive]
-        self.has_voice = any(extra.get(TIMBRE) is not None for _, extra in positive)
+        voiced = [extra for _, extra in positive if extra.get(TIMBRE) is not None]
+        self.has_voice = bool(voiced)
+        like = voiced[0] if voiced else None
+        text_only = [[context, _without_voices(extra, like)] for context, extra in positive]
         self.inner_set_conds(
             {
                 "positive": positive,
-                "negative": [[context, _without_voices(extra)] for context, extra in negative],
+                "negative": [[context, _without_voices(extra, like)] for context, extra in negative],
                 "alignment_null": [[context, {**extra, CROSS_MODAL: False}] for context, extra in text_only],
                 "timbre_null": text_only,
             }
@@ -61,8 +64,13 @@ class NavaGuider(comfy.samplers.CFGGuider):
         return _post_cfg(denoised, x, timestep, dict(zip(needed, predictions, strict=True)), self, model_options)
 
 
-def _without_voices(extra: dict) -> dict:
-    return {key: value for key, value in extra.items() if key not in (TIMBRE, TIMBRE_POSITIONS)}
+def _without_voices(extra: dict, like: dict | None) -> dict:
+    """A conditioning's extras with no voice in use; of the form of ``like``'s voices, so that both can share a batch."""
+    extra = {key: value for key, value in extra.items() if key not in (TIMBRE, TIMBRE_POSITIONS)}
+    if like is None:
+        return extra
+    unused = torch.full_like(like[TIMBRE_POSITIONS], -1)
+    return {**extra, TIMBRE: torch.zeros_like(like[TIMBRE]), TIMBRE_POSITIONS: unused}
 
 
 def _modalities(prediction, shapes, gone):

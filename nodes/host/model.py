@@ -6,6 +6,7 @@ nested latent) is detected by what they have, and then left to them.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict
 from typing import ClassVar
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ...nava_core.backbone import BackboneConfig, NavaBackbone, activation_bytes
+from ...nava_core.backbone.quantized import FP8
 from ...nava_core.checkpoint import (
     FileKind,
     WrongFileError,
@@ -32,6 +34,7 @@ from ...nava_core.checkpoint import (
     explain_wrong_file,
     main_dtype,
     open_checkpoint,
+    plan_tensors,
     stream_tensors,
 )
 from ...nava_core.geometry import audio_latent_to_tokens, audio_tokens_to_latent
@@ -184,6 +187,13 @@ class NavaModel(comfy.model_base.BaseModel):
     def process_latent_out(self, latent):
         return map_video(latent, self.latent_format.process_out, self.latent_shapes)
 
+    def state_dict_for_saving(self, unet_state_dict, **others):
+        if self.model_config.custom_operations is not None:
+            from .quantized import quantised_for_saving
+
+            unet_state_dict = quantised_for_saving(self.diffusion_model, unet_state_dict, "diffusion_model.")
+        return super().state_dict_for_saving(unet_state_dict, **others)
+
     # ------------------------------------------------------------ memory
 
     def _tokens(self, shape) -> int:
@@ -295,15 +305,17 @@ def _clean_values(shapes, denoise_mask):
 # ---------------------------------------------------------------- loading
 
 
-WEIGHT_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHT_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8": FP8, "fp8 fast": FP8}
 
 
 def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: bool = False):
     """A NAVA checkpoint as the host's model patcher (MODEL).
 
-    ``weight_dtype``: "auto" (the host's choice for the GPU and the file) or one of ``WEIGHT_DTYPES``. Weights are
-    converted tensor by tensor, or left mapped from the file where the host moves them itself (dynamic VRAM).
-    Raises WrongFileError, in a sentence, for a file that is something else, damaged or incomplete.
+    ``weight_dtype``: "auto" (the host's choice for the GPU and the file; an fp8 file stays fp8) or one of
+    ``WEIGHT_DTYPES``: "fp8" keeps the blocks' weights in fp8 and computes as if they were bf16, "fp8 fast" multiplies
+    on the GPU's fp8 units where it has them. Weights are converted tensor by tensor, or left mapped from the file
+    where the host moves them itself (dynamic VRAM). Raises WrongFileError, in a sentence, for a file that is something
+    else, damaged or incomplete, and RuntimeError where fp8 is asked for and the device or the host cannot keep it.
     """
     info = describe_file(path)
     if not info.is_backbone:
@@ -314,16 +326,22 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
     config = NavaConfig(asdict(backbone_config(info)))
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
-    config.set_inference_dtype(*_choose_dtypes(info, WEIGHT_DTYPES[weight_dtype], load_device))
+    stays_fp8 = _stays_fp8(info, weight_dtype, load_device)
+    if stays_fp8:
+        config.set_inference_dtype(torch.bfloat16, _fp8_compute_dtype(load_device))
+        config.custom_operations = _fp8_operations(weight_dtype, load_device)
+    else:
+        config.set_inference_dtype(*_choose_dtypes(info, WEIGHT_DTYPES[weight_dtype], load_device))
 
     model = config.get_model(None)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
-    if patcher.is_dynamic():
-        weights = comfy.utils.load_torch_file(str(path))
-        weights = comfy.utils.state_dict_prefix_replace(weights, {info.prefix: ""}, filter_keys=True)
+    if stays_fp8 or patcher.is_dynamic():
+        dtype = WEIGHT_DTYPES[weight_dtype] if stays_fp8 else model.diffusion_model.dtype
+        mapped = patcher.is_dynamic() and _same_fp8_weights(info, dtype)
+        weights = _mapped_weights(info) if mapped else _read_weights(info, dtype, offload_device)
         model.load_model_weights(weights, "", assign=True)
     else:
         _stream_weights(info, model.diffusion_model)
@@ -349,3 +367,63 @@ def _stream_weights(info, backbone) -> None:
     with open_checkpoint(info) as source, torch.no_grad():
         for name, tensor in stream_tensors(source, backbone.dtype):
             backbone.get_parameter(name).copy_(tensor)
+
+
+def _read_weights(info, dtype, device) -> dict:
+    """The file's tensors in the type wanted (as ``stream_tensors`` takes it), to become the parameters themselves."""
+    with open_checkpoint(info) as source:
+        return {name: tensor.to(device) for name, tensor in stream_tensors(source, dtype)}
+
+
+def _mapped_weights(info) -> dict:
+    weights = comfy.utils.load_torch_file(str(info.path))
+    return comfy.utils.state_dict_prefix_replace(weights, {info.prefix: ""}, filter_keys=True)
+
+
+# ---------------------------------------------------------------- fp8 weights
+
+
+def _stays_fp8(info, weight_dtype, load_device) -> bool:
+    """Whether the model is to hold fp8 weights. "auto" gives way where that cannot be, an explicit choice raises."""
+    if WEIGHT_DTYPES[weight_dtype] not in (None, FP8) or not _fp8_names(info, WEIGHT_DTYPES[weight_dtype]):
+        return False
+    problem = _fp8_problem(load_device)
+    if problem is None:
+        return True
+    if weight_dtype == "auto":
+        logging.warning("NAVA: %s; the fp8 file's weights are widened.", problem)
+        return False
+    raise RuntimeError(f"{problem[0].upper()}{problem[1:]}. Set weight_dtype to bf16.")
+
+
+def _fp8_problem(load_device) -> str | None:
+    try:
+        from .quantized import storage_problem
+    except ImportError as error:
+        return f"this ComfyUI has no quantised tensors to keep fp8 weights in ({error}); update comfy-kitchen"
+    return storage_problem(load_device)
+
+
+def _fp8_compute_dtype(load_device) -> torch.dtype:
+    """What fp8 weights are dequantised to: always named, so that the host counts memory for it."""
+    supported = NavaConfig.supported_inference_dtypes
+    return comfy.model_management.unet_manual_cast(None, load_device, supported)
+
+
+def _fp8_operations(weight_dtype, load_device):
+    from .quantized import matmul_problem, row_fp8_operations
+
+    problem = matmul_problem(load_device) if weight_dtype == "fp8 fast" else None
+    if problem:
+        logging.warning("NAVA: %s; fp8 weights are dequantised instead, as with weight_dtype fp8.", problem)
+    return row_fp8_operations(torch.bfloat16, matmul=weight_dtype == "fp8 fast" and problem is None)
+
+
+def _fp8_names(info, dtype) -> set:
+    """Weights that are fp8 when the file is read as ``dtype``."""
+    return {tensor.name for tensor in plan_tensors(info, dtype) if tensor.dtype is FP8}
+
+
+def _same_fp8_weights(info, dtype) -> bool:
+    """Whether the file can be mapped as it is: nothing to quantise or dequantise on the way in."""
+    return _fp8_names(info, dtype) == {name for name, tensor in info.model_tensors.items() if tensor.torch_dtype is FP8}

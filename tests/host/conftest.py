@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from comfy_host import find_comfyui  # noqa: E402
+from comfy_host import find_comfyui
 
 
 def pytest_report_header():

@@ -1,4 +1,4 @@
-"""Text to clip on a real ComfyUI server: our sampler, stock samplers and guiders, previews, masks, LoRA, interruption."""
+"""Text to clip on a real ComfyUI server: our sampler and stock ones, guiders, previews, masks, LoRA, interruption."""
 
 import io
 
@@ -50,7 +50,7 @@ def test_text_to_clip(comfy):
     assert clip.audio_seconds == pytest.approx(clip.video_seconds, abs=1e-3)
     assert_alive(clip)
     node = next(name for name, each in graph.items() if each["class_type"] == "NavaSampler")
-    assert [value for name, value, _ in run.progress if name == node] == [1, 2, 3]
+    assert {(value, of) for name, value, of in run.progress if name == node} == {(1, 3), (2, 3), (3, 3)}
 
 
 def test_same_seed_same_latents_another_seed_others(comfy):
@@ -257,7 +257,7 @@ def test_interrupt_then_another_prompt(comfy):
 def test_stock_cache_nodes_run(comfy, node):
     graph = Graph()
     cached = graph.add(
-        node, model=graph.model(comfy.names), reuse_threshold=10.0, start_percent=0.0, end_percent=1.0, verbose=True
+        node, model=graph.model(comfy.names), reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=True
     )
     latent = graph.sampler(cached, graph.prompt(graph.clip(comfy.names)), graph.latent(), steps=8)
     video, audio = sampled(comfy, node, graph, latent)

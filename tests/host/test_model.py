@@ -1,0 +1,376 @@
+"""The MODEL inside ComfyUI: equal to the core's loop, right memory figures, batching, masks, hooks for other nodes."""
+
+import pytest
+import torch
+from comfy_host import import_comfyui, pack_module
+
+import_comfyui()
+
+import comfy.conds  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.nested_tensor  # noqa: E402
+import comfy.patcher_extension  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+host_model = pack_module("nodes.host.model")
+guiders = pack_module("nodes.host.guider")
+host_latents = pack_module("nodes.host.latents")
+sampling = pack_module("nava_core.sampling")
+checkpoint = pack_module("nava_core.checkpoint")
+geometry = pack_module("nava_core.geometry")
+
+STEPS = 4
+SEED = 11
+
+
+@pytest.fixture(scope="module", autouse=True)
+def inference():
+    """As ComfyUI runs nodes."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_backbone(small_models, tmp_path_factory):
+    """The small backbone with a tenth of its velocities: the full ones are wild enough to blow a rounding error of
+    1e-6 up a hundredfold a step, which would hide what is tested here."""
+    with checkpoint.open_checkpoint(small_models["backbone"]) as source:
+        weights = {f"backbone.{name}": source.read(name) for name in source}
+        metadata = source.info.metadata
+    for name in ("head", "head_audio"):
+        weights[f"backbone.{name}.head.weight"] *= 0.1
+    path = tmp_path_factory.mktemp("backbone") / "small.safetensors"
+    save_file(weights, path, metadata=metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def patcher(small_backbone):
+    return host_model.load_backbone(str(small_backbone))
+
+
+@pytest.fixture(scope="module")
+def core(small_backbone):
+    return checkpoint.load_backbone(small_backbone)
+
+
+@pytest.fixture(scope="module")
+def context(core):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(1, 20, core.config.text_dim, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def voice():
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(1, 2, 192, generator=generator), torch.tensor([[3, 9]])
+
+
+def latent(mode="video+audio", seconds=0.5, width=96, height=80):
+    return host_latents.empty_latent(geometry.ClipGeometry(seconds, width, height, mode))
+
+
+def conditioning(context, voice=None):
+    extras = {} if voice is None else {host_model.TIMBRE: voice[0], host_model.TIMBRE_POSITIONS: voice[1]}
+    return [[context, extras]]
+
+
+def host_run(patcher, positive, latent, guidance, negative=None):
+    guider = guiders.make_guider(patcher, positive, negative, guidance)
+    sigmas = sampling.flow_sigmas(STEPS)
+    out = guiders.sample(guider, latent, SEED, guiders.unipc_sampler(), sigmas)["samples"]
+    return out.unbind()
+
+
+def core_run(core, patcher, context, latent, guidance, voice=None, negative=None):
+    """The core's loop from the host's noise, in the host's latent spaces."""
+    noise = comfy.sample.prepare_noise(latent["samples"], SEED).unbind()
+    video, audio = latent["samples"].unbind()
+    gone = host_latents.absent_parts([video.shape, audio.shape])
+    given = {}
+    if latent.get("noise_mask") is not None:
+        masks = latent["noise_mask"].unbind()
+        process_in = patcher.model.latent_format.process_in
+        given = {
+            "video_latent": process_in(video),
+            "video_mask": masks[0],
+            "audio_latent": geometry.audio_latent_to_tokens(audio),
+            "audio_mask": geometry.audio_latent_to_tokens(masks[1].expand_as(audio)),
+        }
+    out = sampling.denoise(
+        core,
+        None if gone[0] else noise[0],
+        None if gone[1] else geometry.audio_latent_to_tokens(noise[1]),
+        context,
+        sigmas=sampling.flow_sigmas(STEPS),
+        guidance=guidance,
+        negative=negative,
+        timbre=None if voice is None else voice[0],
+        timbre_positions=None if voice is None else voice[1],
+        **given,
+    )
+    video = None if out[0] is None else patcher.model.latent_format.process_out(out[0])
+    return video, None if out[1] is None else geometry.audio_tokens_to_latent(out[1])
+
+
+def assert_close(host, core, tolerance=1e-4):
+    for ours, theirs in zip(host, core, strict=True):
+        if theirs is not None:
+            assert (ours - theirs).abs().max() < tolerance
+
+
+CASES = {
+    "text": {},
+    "voice": {"voiced": True},
+    "alignment off": {"guidance": {"alignment": False}},
+    "intervals": {"guidance": {"intervals": {"video_align": (0.95, 0.5), "audio_timbre": (1.0, 0.9)}}, "voiced": True},
+    "one prediction": {"guidance": dict.fromkeys(["video_text", "video_align", "audio_text", "audio_align"], 0.0)},
+    "audio only": {"mode": "audio", "voiced": True},
+    "video only": {"mode": "video"},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hosts_loop_is_the_cores_loop(patcher, core, context, voice, monkeypatch, name):
+    monkeypatch.setattr(host_model, "BATCH_TOKENS", 0)  # a prediction at a time, as the core runs them
+    case = CASES[name]
+    guidance = sampling.Guidance(**case.get("guidance", {}))
+    voice = voice if case.get("voiced") else None
+    clip = latent(case.get("mode", "video+audio"))
+    host = host_run(patcher, conditioning(context, voice), clip, guidance)
+    assert_close(host, core_run(core, patcher, context, clip, guidance, voice))
+
+
+def masked_latent():
+    generator = torch.Generator().manual_seed(6)
+    clip = latent()
+    video, audio = (torch.randn(part.shape, generator=generator) for part in clip["samples"].unbind())
+    video_mask, audio_mask = torch.ones(video.shape), torch.ones(audio.shape)
+    video_mask[:, :, 0] = 0  # a whole frame
+    video_mask[:, :, 2, :2] = 0  # a part of another
+    audio_mask[:, :, 3:6] = 0
+    nest = comfy.nested_tensor.NestedTensor
+    return {"samples": nest([video, audio]), "noise_mask": nest([video_mask, audio_mask])}
+
+
+def test_given_parts_in_both_loops(patcher, core, context):
+    clip = masked_latent()
+    guidance = sampling.Guidance()
+    host = host_run(patcher, conditioning(context), clip, guidance)
+    assert_close(host, core_run(core, patcher, context, clip, guidance))
+    for part, given, mask in zip(host, clip["samples"].unbind(), clip["noise_mask"].unbind(), strict=True):
+        assert torch.equal(part[mask == 0], given[mask == 0])
+
+
+def test_absent_modality_comes_out_as_it_went_in(patcher, context):
+    video, audio = host_run(patcher, conditioning(context), latent("audio"), sampling.Guidance())
+    assert torch.equal(video, torch.zeros(1, 48, 1, 1, 1))
+    assert audio.std() > 0.1
+
+
+def test_empty_negative_is_the_zero_context(patcher, context):
+    zeros = [[torch.zeros(1, 1, context.shape[2]), {}]]
+    clip = latent()
+    without = host_run(patcher, conditioning(context), clip, sampling.Guidance())
+    assert_close(host_run(patcher, conditioning(context), clip, sampling.Guidance(), zeros), without, 1e-6)
+
+
+def test_contexts_are_padded_with_zeros_not_repeated(patcher, context):
+    out = patcher.model.extra_conds(cross_attn=context, noise=torch.zeros(1, 48, 3, 4, 6), device="cpu")
+    padded = out["c_crossattn"].cond
+    assert padded.shape == (1, 512, context.shape[2])
+    assert torch.equal(padded[:, :20], context)
+    assert not padded[:, 20:].any()
+
+
+def test_timesteps_are_the_networks(patcher):
+    """floor(1000 sigma), from the host's own chain, for every step of several schedules."""
+    model = patcher.model
+    for steps in (1, 7, 25, 50, 100):
+        sigmas = sampling.flow_sigmas(steps)[:-1]
+        ours = model.process_timestep(model.model_sampling.timestep(sigmas).float())
+        assert torch.equal(ours.long(), sampling.flow_timesteps(sigmas))
+
+
+def packed_size(shapes):
+    return [1, 1, sum(torch.Size(shape[1:]).numel() for shape in shapes)]
+
+
+def test_memory_figure_follows_the_tokens(patcher):
+    model = patcher.model
+    config = model.diffusion_model.config
+    shapes = [(1, 48, 37, 44, 80), (1, 8, 152, 16)]
+    tokens = 37 * 22 * 40 + 152
+    model.latent_shapes = shapes
+    expected = host_model.activation_bytes(config, 1, tokens, 4) * host_model.ALLOCATOR_SLACK
+    assert model.memory_required(packed_size(shapes)) == pytest.approx(expected)
+    assert model.memory_required([2, *packed_size(shapes)[1:]]) == pytest.approx(2 * expected, rel=0.05)
+    model.latent_shapes = None  # before the first run the host asks with nothing but the packed size
+    assert model.memory_required(packed_size(shapes)) == pytest.approx(expected, rel=0.01)
+    assert model.memory_required(list(shapes[0])) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("tokens", "passes"), [(10**9, 2), (0, 4)])
+def test_predictions_are_batched_only_where_it_pays(patcher, context, voice, monkeypatch, tokens, passes):
+    """Short clips: c, u and n in one pass, m by itself. Long ones: each by itself."""
+    monkeypatch.setattr(host_model, "BATCH_TOKENS", tokens)
+    seen = []
+    original = host_model.HostBackbone._predict
+
+    def counting(self, x, *args, **kwargs):
+        seen.append(x[0].shape[0])
+        return original(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(host_model.HostBackbone, "_predict", counting)
+    positive = conditioning(context, (voice[0], voice[1]))
+    guider = guiders.make_guider(patcher, positive, None, sampling.Guidance())
+    guiders.sample(guider, latent(), SEED, guiders.unipc_sampler(), sampling.flow_sigmas(1))
+    assert len(seen) == passes
+    assert sum(seen) == 4
+
+
+def test_batched_predictions_equal_separate_ones(patcher, context, voice, monkeypatch):
+    positive, clip = conditioning(context, voice), latent()
+    monkeypatch.setattr(host_model, "BATCH_TOKENS", 0)
+    apart = host_run(patcher, positive, clip, sampling.Guidance())
+    monkeypatch.setattr(host_model, "BATCH_TOKENS", 10**9)
+    # A batch's matrix products round otherwise than each by itself, four steps long.
+    assert_close(host_run(patcher, positive, clip, sampling.Guidance()), apart, 5e-4)
+
+
+def test_diffusion_model_wrappers_and_block_replacement_run(patcher, context):
+    clone = patcher.clone()
+    calls = []
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(type(args[0]).__name__)
+        return executor(*args, **kwargs)
+
+    def replacement(args, extra):
+        calls.append(tuple(args["img"].shape))
+        return extra["original_block"](args)
+
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    clone.set_model_patch_replace(replacement, "dit", "single_block", 1)
+    guidance = sampling.Guidance(alignment=False, video_text=1, audio_text=1)
+    clip = latent()
+    with_hooks = host_run(clone, conditioning(context), clip, guidance)
+    assert calls.count("list") == STEPS
+    assert (1, 4 * 3 * 3 + 14, 64) in calls
+    assert_close(host_run(patcher, conditioning(context), clip, guidance), with_hooks, 1e-6)
+
+
+def test_attention_calls_get_the_hosts_options(patcher, context):
+    clone = patcher.clone()
+    seen = []
+
+    def override(function, *args, **kwargs):
+        seen.append(kwargs["transformer_options"]["block_index"])
+        return function(*args, **kwargs)
+
+    clone.model_options["transformer_options"]["optimized_attention_override"] = override
+    guidance = sampling.Guidance(alignment=False, video_text=1, audio_text=1)
+    host_run(clone, conditioning(context), latent(), guidance)
+    # self- and cross-attention, the latter for each modality in the two alignment blocks
+    assert len(seen) == STEPS * (2 * 3 + 2 * 2)
+
+
+def test_clone_and_reload_recipe(patcher):
+    load, arguments = patcher.clone().cached_patcher_init
+    again = load(*arguments, disable_dynamic=True)
+    weights = again.model.diffusion_model.state_dict()
+    for name, weight in patcher.model.diffusion_model.state_dict().items():
+        assert torch.equal(weight, weights[name])
+
+
+@pytest.mark.parametrize("form", ["ckpt", "bare", "bf16"])
+def test_other_forms_of_the_file(patcher, small_backbone, tmp_path, form):
+    weights = load_file(small_backbone)
+    with checkpoint.open_checkpoint(small_backbone) as source:
+        metadata = source.info.metadata
+    path = tmp_path / ("a.ckpt" if form == "ckpt" else "a.safetensors")
+    if form == "ckpt":
+        torch.save({"state_dict": weights, "epoch": 3}, path)
+    elif form == "bare":
+        save_file({k.removeprefix("backbone."): v for k, v in weights.items()}, path, metadata=metadata)
+    else:
+        save_file({k: v.bfloat16() for k, v in weights.items()}, path, metadata=metadata)
+    other = host_model.load_backbone(str(path))
+    expected = patcher.model.diffusion_model.state_dict()
+    for name, weight in other.model.diffusion_model.state_dict().items():
+        wanted = expected[name].bfloat16() if form == "bf16" else expected[name]
+        assert torch.equal(weight.float(), wanted.float())
+
+
+# ---------------------------------------------------------------- what only newer hosts do
+
+
+def test_newer_hosts_callback_is_left_alone(patcher, context, monkeypatch):
+    """Hosts that tell the model its shapes wrap the callback themselves: it then gets the packed latent from us."""
+    monkeypatch.setattr(patcher.model, "host_tells_shapes", True)
+    seen = []
+    guider = guiders.make_guider(patcher, conditioning(context), None, sampling.Guidance())
+    clip = latent()
+    guider.sample(
+        comfy.sample.prepare_noise(clip["samples"], SEED),
+        clip["samples"],
+        guiders.unipc_sampler(),
+        sampling.flow_sigmas(1),
+        callback=lambda step, x0, x, steps: seen.append(x0),
+        seed=SEED,
+    )
+    assert type(seen[0]) is torch.Tensor
+    assert seen[0].ndim == 3
+
+
+def test_nested_latents_are_processed_as_packed_ones(patcher):
+    """Newer hosts hand ``process_latent_out`` the nested denoised latent."""
+    generator = torch.Generator().manual_seed(8)
+    video, audio = torch.randn(1, 48, 2, 3, 4, generator=generator), torch.randn(1, 8, 5, 16, generator=generator)
+    expected = patcher.model.latent_format.process_out(video)
+    nested = patcher.model.process_latent_out(comfy.nested_tensor.NestedTensor([video, audio]))
+    assert torch.equal(nested.unbind()[0], expected)
+    assert torch.equal(nested.unbind()[1], audio)
+    packed, shapes = comfy.utils.pack_latents([video, audio])
+    patcher.model.latent_shapes = shapes
+    assert torch.equal(comfy.utils.unpack_latents(patcher.model.process_latent_out(packed), shapes)[0], expected)
+    assert torch.equal(patcher.model.process_latent_out(video), expected)
+    with pytest.raises(ValueError, match="shapes of its parts"):
+        patcher.model.process_latent_out(packed[:, :, :-1])
+
+
+# ---------------------------------------------------------------- wrong wires
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        (torch.zeros(1, 16, 3, 8, 8), "another model"),
+        ([torch.zeros(1, 128, 3, 8, 8), torch.zeros(1, 8, 5, 16)], "another model"),
+        ([torch.zeros(1, 48, 3, 8, 8), torch.zeros(1, 8, 5, 64)], "sound part"),
+        ([torch.zeros(1, 48, 1, 1, 1), torch.zeros(1, 8, 1, 16)], "neither picture nor sound"),
+    ],
+)
+def test_latents_of_other_models_are_refused(patcher, context, samples, words):
+    if isinstance(samples, list):
+        samples = comfy.nested_tensor.NestedTensor(samples)
+    guider = guiders.make_guider(patcher, conditioning(context), None, sampling.Guidance())
+    with pytest.raises(ValueError, match=words):
+        guiders.sample(guider, {"samples": samples}, SEED, guiders.unipc_sampler(), sampling.flow_sigmas(1))
+
+
+def test_another_models_conditioning_is_refused(patcher):
+    guider = guiders.make_guider(patcher, conditioning(torch.zeros(1, 77, 768)), None, sampling.Guidance())
+    with pytest.raises(ValueError, match="umt5 text encoder"):
+        guiders.sample(guider, latent(), SEED, guiders.unipc_sampler(), sampling.flow_sigmas(1))
+
+
+def test_another_model_is_refused(context):
+    class Other:
+        class model:  # noqa: N801
+            pass
+
+    with pytest.raises(ValueError, match="not NAVA"):
+        guiders.make_guider(Other(), conditioning(context), None, sampling.Guidance())
