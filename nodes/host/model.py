@@ -71,9 +71,7 @@ class HostBackbone(NavaBackbone):
         return comfy.patcher_extension.WrapperExecutor.new_class_executor(
             self._predict,
             self,
-            comfy.patcher_extension.get_all_wrappers(
-                comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
-            ),
+            comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options),
         ).execute(x, timestep, context, options, **conditions)
 
     def _predict(

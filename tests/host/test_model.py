@@ -123,7 +123,7 @@ def assert_close(host, core, tolerance=1e-4):
 
 CASES = {
     "text": {},
-    "voice": {"voiced": True},
+    "voice": {"voiced": True, "guidance": {"audio_text": 1.0, "audio_align": 1.0, "audio_timbre": 1.5}},
     "alignment off": {"guidance": {"alignment": False}},
     "intervals": {"guidance": {"intervals": {"video_align": (0.95, 0.5), "audio_timbre": (1.0, 0.9)}}, "voiced": True},
     "one prediction": {"guidance": dict.fromkeys(["video_text", "video_align", "audio_text", "audio_align"], 0.0)},
@@ -134,13 +134,27 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_hosts_loop_is_the_cores_loop(patcher, core, context, voice, monkeypatch, name):
-    monkeypatch.setattr(host_model, "BATCH_TOKENS", 0)  # a prediction at a time, as the core runs them
+    # A prediction at a time and the core's attention: the host's kernel rounds otherwise, and is tested by itself.
+    monkeypatch.setattr(host_model, "BATCH_TOKENS", 0)
+    monkeypatch.setattr(patcher.model.diffusion_model, "attention", core.attention)
     case = CASES[name]
     guidance = sampling.Guidance(**case.get("guidance", {}))
     voice = voice if case.get("voiced") else None
     clip = latent(case.get("mode", "video+audio"))
     host = host_run(patcher, conditioning(context, voice), clip, guidance)
     assert_close(host, core_run(core, patcher, context, clip, guidance, voice))
+
+
+def test_a_pass_under_the_host_is_the_cores_pass(patcher, core, context, voice):
+    """One pass with the host's operations and attention, voices and own timesteps included."""
+    generator = torch.Generator().manual_seed(9)
+    video = torch.randn(1, 48, 4, 5, 6, generator=generator)
+    audio = torch.randn(1, 8, 14, 16, generator=generator)
+    times = (torch.tensor([[0.0, 700, 700, 700]]), torch.tensor([700.0]))
+    voices = {"timbre": voice[0], "timbre_positions": voice[1]}
+    host = patcher.model.diffusion_model([video, audio], times, context, **voices)
+    ours = core(video, geometry.audio_latent_to_tokens(audio), times, context, **voices)
+    assert_close(host, (ours[0], geometry.audio_tokens_to_latent(ours[1])), 1e-4)
 
 
 def masked_latent():
