@@ -13,14 +13,13 @@ PACK = "nava_pack"  # what the pack is called here; in ComfyUI its name is its f
 
 
 def find_comfyui() -> Path | None:
-    """ComfyUI's folder: COMFYUI_PATH, the folder above ``custom_nodes`` that this checkout is in, or
-    ``~/comfy/ComfyUI`` (comfy-cli's default); None where there is none."""
-    places = []
+    """ComfyUI's folder: COMFYUI_PATH, or where that is not set the folder above ``custom_nodes`` that this checkout is
+    in, or ``~/comfy/ComfyUI`` (comfy-cli's default); None where there is none."""
     if os.environ.get("COMFYUI_PATH"):
-        places.append(Path(os.environ["COMFYUI_PATH"]).expanduser())
-    if ROOT.parent.name == "custom_nodes":
-        places.append(ROOT.parent.parent)
-    places.append(Path("~/comfy/ComfyUI").expanduser())
+        places = [Path(os.environ["COMFYUI_PATH"]).expanduser()]
+    else:
+        places = [ROOT.parent.parent] if ROOT.parent.name == "custom_nodes" else []
+        places.append(Path("~/comfy/ComfyUI").expanduser())
     return next((place.resolve() for place in places if (place / "comfy" / "sd.py").is_file()), None)
 
 
