@@ -58,8 +58,8 @@ class NavaLoadBackbone(io.ComfyNode):
                     options=list(WEIGHT_DTYPES),
                     default="auto",
                     tooltip="How the weights are kept in memory. auto: as the file and the GPU suit best; "
-                    "bf16: 12.6 GB; fp8: 6.9 GB, a little less exact; fp8 fast: also multiplies in fp8, on GPUs that can "
-                    "(Ada, Hopper and later), less exact again.",
+                    "bf16: 12.6 GB; fp8: 6.9 GB, a little less exact; fp8 fast: also multiplies in fp8, less exact "
+                    "again, on GPUs that can (Ada, Hopper and later).",
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -65,7 +65,7 @@ class NavaGuider(comfy.samplers.CFGGuider):
 
 
 def _without_voices(extra: dict, like: dict | None) -> dict:
-    """A conditioning's extras with no voice in use; of the form of ``like``'s voices, so that both can share a batch."""
+    """A conditioning's extras with no voice in use; in the form of ``like``'s, so that both can share a batch."""
     extra = {key: value for key, value in extra.items() if key not in (TIMBRE, TIMBRE_POSITIONS)}
     if like is None:
         return extra
