@@ -182,9 +182,9 @@ class SelfAttention(Projections):
         if cross_modal or split in (0, x.shape[1]):
             out = attention(q, k, v, self.num_heads, options)
         else:
-            parts = (slice(0, split), slice(split, None))
-            halves = [attention(q[:, p], k[:, p], v[:, p], self.num_heads, options) for p in parts]
-            out = torch.cat(halves, dim=1)
+            for part in (slice(0, split), slice(split, None)):
+                q[:, part] = attention(q[:, part], k[:, part], v[:, part], self.num_heads, options)
+            out = q
         del q, k, v
         return self.per_part(out, split, partial(self.project, "o"))
 

@@ -189,7 +189,8 @@ def test_modulation_vectors_only_for_distinct_timesteps(model, cases):
 @pytest.mark.parametrize(
     ("batch", "frames", "height", "width", "steps"), [(1, 37, 44, 80, 152), (1, 61, 44, 80, 252), (2, 13, 22, 40, 52)]
 )
-def test_activation_figure_is_the_real_size_models_peak(batch, frames, height, width, steps):
+@pytest.mark.parametrize("cross_modal", [True, False])
+def test_activation_figure_is_the_real_size_models_peak(batch, frames, height, width, steps, cross_modal):
     """The memory figure a host plans with, against live tensors counted at the released model's size."""
     with torch.device("meta"):
         big = NavaBackbone(dtype=torch.bfloat16, attention=lambda q, k, v, heads, options: torch.empty_like(q))
@@ -199,6 +200,7 @@ def test_activation_figure_is_the_real_size_models_peak(batch, frames, height, w
             torch.empty(batch, steps, 128, dtype=torch.bfloat16),
             torch.empty(batch),
             torch.empty(batch, 512, 4096, dtype=torch.bfloat16),
+            cross_modal=cross_modal,
         )
     tokens = frames * height * width // 4 + steps
     assert peak == pytest.approx(activation_bytes(big.config, batch, tokens, 2), rel=0.05)
