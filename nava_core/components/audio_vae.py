@@ -1,0 +1,197 @@
+"""The LTX-2.3 audio VAE and its vocoder through diffusers, in fp32: audio latents to 48 kHz stereo.
+
+The configuration is the JSON in the file's metadata. diffusers' VAE leaves latents as they are; the file's statistics
+for each of the 128 values of a time step are applied here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from ..checkpoint import FileInfo, FileKind, TensorSource, WrongFileError, open_checkpoint
+from ..geometry import AUDIO_BINS, AUDIO_CHANNELS
+from .weights import fill, need, recognised
+
+VAE_PREFIX, VOCODER_PREFIX = "audio_vae.", "vocoder."
+MEAN, STD = (f"per_channel_statistics.{kind}-of-means" for kind in ("mean", "std"))
+MEL_BANDS = 64
+FIRST_DIFFUSERS = "0.38"  # the first with the vocoder's bandwidth extension
+DECODE_BYTES = 90_000 * 4  # an estimate, for each latent value
+
+
+class AudioVAE(nn.Module):
+    """Normalised audio latents to sound: statistics undone, latents to mel bands, mel bands to a waveform."""
+
+    def __init__(self, decoder: nn.Module, vocoder: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.vocoder = vocoder
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.sample_rate = int(vocoder.config.output_sampling_rate)
+
+    @torch.no_grad()
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Latent (B, 8, T, 16), normalised -> waveform (B, 2, N) within -1..1, fp32 on the CPU, at ``sample_rate``.
+
+        N is (4 T - 3) * 480 at 48 kHz. Raises ValueError for another shape.
+        """
+        if latent.ndim != 4 or (latent.shape[1], latent.shape[3]) != (AUDIO_CHANNELS, AUDIO_BINS):
+            raise ValueError(
+                f"An audio latent is (batch, {AUDIO_CHANNELS}, time, {AUDIO_BINS}); got {tuple(latent.shape)}."
+            )
+        latent = latent.to(self.mean) * self.std + self.mean
+        return self.vocoder(self.decoder(latent)).float().cpu()
+
+    @staticmethod
+    def decode_bytes(shape: tuple[int, ...]) -> int:
+        """An estimate of the memory that decoding a latent of ``shape`` takes beside the weights."""
+        return shape[0] * shape[2] * AUDIO_BINS * DECODE_BYTES
+
+
+def load_audio_vae(path: str | os.PathLike | FileInfo, *, device: torch.device | str = "cpu") -> AudioVAE:
+    """The decoding half of the LTX-2.3 audio VAE with its vocoder, in fp32 as the vocoder needs.
+
+    Raises FileNotFoundError, WrongFileError for another file, one without configuration or an incomplete one,
+    RuntimeError where diffusers is not installed or too old.
+    """
+    info = recognised(path, FileKind.LTX_AUDIO_VAE)
+    config = _configuration(info)
+    decoder, vocoder = _build(vae_config(config["audio_vae"]), vocoder_config(config["vocoder"], info.path.name))
+    with open_checkpoint(info) as source:
+        fill(decoder, _tensors(source, f"{VAE_PREFIX}decoder."), info.path.name)
+        fill(vocoder, ((vocoder_name(n), t) for n, t in _tensors(source, VOCODER_PREFIX)), info.path.name)
+        mean, std = (_statistics(source, name) for name in (MEAN, STD))
+    return AudioVAE(decoder, vocoder, mean, std).eval().requires_grad_(False).to(device)
+
+
+def vae_config(config: Mapping) -> dict:
+    """The arguments of diffusers' ``AutoencoderKLLTX2Audio`` for the ``audio_vae`` part of a file's configuration."""
+    params = config.get("model", {}).get("params", {})
+    network = params.get("decoder") or params.get("encoder") or params.get("ddconfig") or {}
+    return {
+        "base_channels": network.get("ch", 128),
+        "output_channels": network.get("out_ch", 2),
+        "ch_mult": tuple(network.get("ch_mult", (1, 2, 4))),
+        "num_res_blocks": network.get("num_res_blocks", 2),
+        "attn_resolutions": tuple(network.get("attn_resolutions") or ()) or None,
+        "in_channels": network.get("in_channels", 2),
+        "resolution": network.get("resolution", 256),
+        "latent_channels": network.get("z_channels", AUDIO_CHANNELS),
+        "norm_type": network.get("norm_type", "pixel"),
+        "causality_axis": network.get("causality_axis", "height") or "none",
+        "mid_block_add_attention": network.get("mid_block_add_attention", False),
+        "sample_rate": params.get("sampling_rate", 16000),
+        "mel_hop_length": config.get("preprocessing", {}).get("stft", {}).get("hop_length", 160),
+        "mel_bins": network.get("mel_bins", MEL_BANDS),
+    }
+
+
+def vocoder_config(config: Mapping, file_name: str) -> dict:
+    """The arguments of diffusers' ``LTX2VocoderWithBWE`` for the ``vocoder`` part of a file's configuration.
+
+    Raises WrongFileError for a vocoder of another build, such as LTX-2.0's, which has no bandwidth extension.
+    """
+    low, high = config.get("vocoder"), config.get("bwe")
+    if not isinstance(low, Mapping) or not isinstance(high, Mapping):
+        raise WrongFileError(
+            f"{file_name} has a vocoder without bandwidth extension, which is LTX-2.0's: "
+            "choose ltx-2.3-22b-dev_audio_vae.safetensors."
+        )
+    arguments = {**_generator(low, file_name), **{f"bwe_{k}": v for k, v in _generator(high, file_name).items()}}
+    final = "tanh" if low.get("use_tanh_at_final", True) else "clamp"
+    return {
+        **arguments,
+        "final_act_fn": final if low.get("apply_final_activation", True) else None,
+        "bwe_final_act_fn": None,  # its output is a correction, added before the sum is clamped
+        "filter_length": high["n_fft"],
+        "window_length": high["n_fft"],
+        "hop_length": high["hop_length"],
+        "num_mel_channels": high["num_mels"],
+        "input_sampling_rate": high["input_sampling_rate"],
+        "output_sampling_rate": high["output_sampling_rate"],
+    }
+
+
+def vocoder_name(name: str) -> str:
+    """diffusers' name for a tensor of the original vocoder."""
+    parts = name.split(".")
+    renamed = {
+        "conv_pre": "conv_in",
+        "ups": "upsamplers",
+        "resblocks": "resnets",
+        "act_post": "act_out",
+        "conv_post": "conv_out",
+    }
+    return ".".join(renamed.get(part, part) for part in parts if part != "lowpass")
+
+
+def _configuration(info: FileInfo) -> dict:
+    try:
+        config = json.loads(info.metadata["config"])
+        parts = config["audio_vae"], config["vocoder"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        parts = ()
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise WrongFileError(
+            f"{info.path.name} has no configuration in its metadata, which says how its audio VAE is built: "
+            "choose ltx-2.3-22b-dev_audio_vae.safetensors as released."
+        )
+    return config
+
+
+def _generator(config: Mapping, file_name: str) -> dict:
+    if (config.get("resblock"), config.get("activation")) != ("AMP1", "snakebeta"):
+        raise WrongFileError(
+            f"{file_name} has a vocoder of another build ({config.get('resblock')}, {config.get('activation')}): "
+            "choose ltx-2.3-22b-dev_audio_vae.safetensors."
+        )
+    channels = 2 if config.get("stereo", True) else 1
+    return {
+        "in_channels": channels * MEL_BANDS,
+        "hidden_channels": config["upsample_initial_channel"],
+        "out_channels": channels,
+        "upsample_kernel_sizes": config["upsample_kernel_sizes"],
+        "upsample_factors": config["upsample_rates"],
+        "resnet_kernel_sizes": config["resblock_kernel_sizes"],
+        "resnet_dilations": config["resblock_dilation_sizes"],
+        "act_fn": "snakebeta",
+        "antialias": True,
+        "final_bias": config.get("use_bias_at_final", True),
+    }
+
+
+def _build(vae: dict, vocoder: dict) -> tuple[nn.Module, nn.Module]:
+    """The VAE's decoder, without memory yet, and the vocoder, whose resampling filter is made, not loaded."""
+    diffusers = need("diffusers", "The audio VAE")
+    pipelines = need("diffusers.pipelines.ltx2", "The audio VAE")
+    build_vae = getattr(diffusers, "AutoencoderKLLTX2Audio", None)
+    build_vocoder = getattr(pipelines, "LTX2VocoderWithBWE", None)
+    if build_vae is None or build_vocoder is None:
+        raise RuntimeError(
+            f"The audio VAE needs diffusers {FIRST_DIFFUSERS} or later, {diffusers.__version__} is installed: "
+            "run `pip install --upgrade diffusers`."
+        )
+    with torch.device("meta"):
+        decoder = build_vae(**vae).decoder
+    return decoder, build_vocoder(**vocoder)
+
+
+def _tensors(source: TensorSource, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in source:
+        if name.startswith(prefix):
+            yield name.removeprefix(prefix), source.read(name).float()
+
+
+def _statistics(source: TensorSource, name: str) -> torch.Tensor:
+    """(8, 1, 16): the file has one row, channel-major."""
+    if VAE_PREFIX + name not in source:
+        raise WrongFileError(
+            f"{source.info.path.name} is incomplete: the tensor {VAE_PREFIX + name} is missing; download it again."
+        )
+    return source.read(VAE_PREFIX + name).float().view(AUDIO_CHANNELS, 1, AUDIO_BINS)

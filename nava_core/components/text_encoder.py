@@ -1,0 +1,173 @@
+"""The umt5 text encoder through transformers: weights stay in the file's type, the arithmetic is fp32.
+
+Takes ComfyUI's files (fp16, scaled fp8; the tokenizer inside) and the makers' ``.pth`` with a tokenizer folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..checkpoint import FileInfo, FileKind, TensorSource, WrongFileError, open_checkpoint
+from ..prompt import PromptTokenizer
+from ..prompt.umt5 import UMT5Config, from_makers_names, has_makers_names
+from .weights import fill, need, recognised
+
+SPIECE = "spiece_model"  # the tensor that holds the tokenizer in ComfyUI's files
+SCALES = (".scale_weight", ".weight_scale")  # of scaled fp8, one fp32 number a matrix
+EMBEDDING = "shared.weight"
+
+
+class TextEncoder(nn.Module):
+    """Token ids to the context that the backbone attends to."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @torch.no_grad()
+    def encode(self, ids: Sequence[int]) -> torch.Tensor:
+        """Token ids with the end token -> their context (1, n, d_model), fp32 on the CPU.
+
+        Unpadded: the backbone pads the raw context with zeros. Raises ValueError for ids that the model does not have.
+        """
+        shared = self.network.shared
+        if not ids or not 0 <= min(ids) <= max(ids) < shared.num_embeddings:
+            raise ValueError(f"Token ids must lie within 0..{shared.num_embeddings - 1}; the tokenizer does not fit.")
+        tokens = torch.tensor([list(ids)], device=shared.weight.device)
+        return self.network(input_ids=tokens).last_hidden_state.float().cpu()
+
+
+class StoredLinear(nn.Module):
+    """A Linear without bias that keeps its weight in the file's type and computes in the input's.
+
+    Its weight is not called ``weight``: the encoder would cast what flows through it to that one's type.
+    """
+
+    weight = None
+
+    def __init__(self, shape: tuple[int, ...], scaled: bool) -> None:
+        super().__init__()
+        self.stored = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty((), device="meta"), requires_grad=False) if scaled else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.stored.to(x.dtype)
+        return F.linear(x, weight if self.scale is None else weight * self.scale.to(x.dtype))
+
+
+class StoredEmbedding(nn.Embedding):
+    """An embedding kept in the file's type whose rows come out in fp32."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids).float()
+
+
+def load_tokenizer(path: str | os.PathLike | FileInfo, folder: str | os.PathLike | None = None) -> PromptTokenizer:
+    """The tokenizer of a text encoder's file, without its weights.
+
+    ``folder``, else the one inside the file, else one beside it: ``spiece.model`` or ``tokenizer.json`` in the file's
+    folder, in ``google/umt5-xxl`` there, or in a folder there with umt5 in its name. Raises FileNotFoundError where
+    there is none, WrongFileError for a file that is no umt5.
+    """
+    info = recognised(path, FileKind.UMT5, FileKind.UMT5_ORIGINAL)
+    if folder is not None:
+        return PromptTokenizer.from_folder(folder)
+    if SPIECE in info.model_tensors:
+        with open_checkpoint(info) as source:
+            return PromptTokenizer(source.read(SPIECE))
+    beside = [info.path.parent, *sorted(each for each in info.path.parent.glob("*umt5*") if each.is_dir())]
+    for candidate in beside:
+        try:
+            return PromptTokenizer.from_folder(candidate)
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(
+        f"{info.path.name} needs a tokenizer, and it has none inside and none lies beside it: give the folder "
+        "google/umt5-xxl that came with it, or use ComfyUI's umt5_xxl_fp16.safetensors, which has it inside."
+    )
+
+
+def load_text_encoder(path: str | os.PathLike | FileInfo, *, device: torch.device | str = "cpu") -> TextEncoder:
+    """A umt5 encoder of any size, its weights moved to ``device`` one by one in the file's own type.
+
+    Raises FileNotFoundError, WrongFileError for another file or an incomplete one, RuntimeError where transformers is
+    not installed.
+    """
+    info = recognised(path, FileKind.UMT5, FileKind.UMT5_ORIGINAL)
+    names = _names(info)
+    try:
+        config = UMT5Config.from_shapes({new: info.model_tensors[old].shape for old, new in names.items()})
+    except ValueError as error:
+        raise WrongFileError(f"{info.path.name}: {error}") from None
+    scales = {old: scale for old in names if (scale := _scale_of(old, info))}
+    network = _network(config, {names[old] for old in scales})
+    with open_checkpoint(info) as source:
+        fill(network, _tensors(source, names, scales, device), info.path.name)
+    _tie(network)
+    return TextEncoder(network).eval().requires_grad_(False)
+
+
+def _names(info: FileInfo) -> dict[str, str]:
+    """The encoder's tensors: name in the file -> transformers' name."""
+    tensors = info.model_tensors
+    if has_makers_names(tensors):
+        try:
+            return {old: new for new, old in from_makers_names({name: name for name in tensors}).items()}
+        except ValueError as error:
+            raise WrongFileError(f"{info.path.name}: {error}") from None
+    names = {name: name for name in tensors if name == EMBEDDING or name.startswith("encoder.")}
+    names = {name: name for name in names if name.endswith(".weight")}
+    tied = names.pop("encoder.embed_tokens.weight", None)  # transformers saves one of the two, or both
+    if tied and EMBEDDING not in names:
+        names[tied] = EMBEDDING
+    return names
+
+
+def _scale_of(name: str, info: FileInfo) -> str | None:
+    candidates = (name.removesuffix(".weight") + suffix for suffix in SCALES)
+    return next((each for each in candidates if each in info.model_tensors), None)
+
+
+def _network(config: UMT5Config, scaled: set[str]) -> nn.Module:
+    """transformers' encoder without memory, its Linears and its embedding exchanged for those above."""
+    transformers = need("transformers", "The text encoder")
+    dimensions = {
+        key: getattr(config, key) for key in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+    }
+    with torch.device("meta"):
+        network = transformers.UMT5EncoderModel(transformers.UMT5Config(**dimensions))
+        network.set_input_embeddings(StoredEmbedding(config.vocab_size, config.d_model))
+    network.encoder.embed_tokens = nn.Identity()  # `shared` again; put back once its weight is there
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            linear = StoredLinear(tuple(module.weight.shape), f"{name}.weight" in scaled)
+            setattr(network.get_submodule(parent), child, linear)
+    return network
+
+
+def _tie(network: nn.Module) -> None:
+    network.encoder.embed_tokens = network.shared
+
+
+def _tensors(
+    source: TensorSource, names: dict[str, str], scales: dict[str, str], device: torch.device | str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for old in source:
+        if old not in names:
+            continue
+        new, tensor = names[old], source.read(old)
+        layer = new.removesuffix(".weight")
+        if new == EMBEDDING:
+            yield new, tensor.to(device)
+        elif "norm" in layer.rsplit(".", 1)[-1] or layer.endswith("relative_attention_bias"):
+            yield new, tensor.to(device, torch.float32)  # small, and what the encoder reads its types from
+        else:
+            yield f"{layer}.stored", tensor.to(device)
+            if old in scales:
+                yield f"{layer}.scale", source.read(scales[old]).to(device, torch.float32).reshape(())

@@ -1,0 +1,169 @@
+"""The Wan2.2 video VAE through diffusers: the original file's names mapped to diffusers', dimensions from its tensors.
+
+diffusers' own converter for single files knows only Wan2.1's and looks its configuration up online; this one reads the
+file alone, at any width.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..checkpoint import FileInfo, FileKind, WrongFileError, open_checkpoint
+from ..geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VIDEO_CHANNELS, frames_of_latents
+from .weights import fill, need, recognised
+
+PATCH = 2  # pixels a side that the VAE folds into channels before its first layer
+# What a decode holds at its peak, beside workspaces: tensors of 4 frames at full resolution and width, and copies of
+# the whole picture, which grows by one latent frame at a time.
+DECODE_TENSORS, DECODE_PICTURES = 30, 3
+TILE, TILE_STRIDE = 512, 448  # pixels
+
+
+class VideoVAE(nn.Module):
+    """Frames to latents and back, one clip at a time, in the VAE's own latent space (not normalised)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @torch.no_grad()
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames (F, H, W, 3) in 0..1 of one clip -> its latent (1, 48, (F + 3) // 4, H / 16, W / 16), fp32 on the CPU.
+
+        One frame makes the first latent frame of a clip that begins with it. Raises ValueError for other shapes, and
+        for sides that are no multiple of 16.
+        """
+        if frames.ndim != 4 or frames.shape[-1] != 3 or any(side % PIXELS_PER_LATENT for side in frames.shape[1:3]):
+            raise ValueError(
+                f"Frames to encode are (frames, height, width, 3), their sides multiples of {PIXELS_PER_LATENT}; "
+                f"got {tuple(frames.shape)}."
+            )
+        pixels = frames.movedim(-1, 0)[None].to(self._device, self._dtype) * 2 - 1
+        return self.network.encode(pixels).latent_dist.mode().float().cpu()
+
+    @torch.no_grad()
+    def decode(self, latent: torch.Tensor, *, tiled: bool = False) -> torch.Tensor:
+        """Latent (1, 48, T, H, W) -> frames (4 T - 3, 16 H, 16 W, 3) in 0..1, fp32 on the CPU.
+
+        ``tiled`` works on overlapping tiles of 512 pixels, which takes less memory and a little more time.
+        """
+        if latent.ndim != 5 or latent.shape[:2] != (1, VIDEO_CHANNELS):
+            raise ValueError(
+                f"A video latent is (1, {VIDEO_CHANNELS}, frames, height, width); got {tuple(latent.shape)}."
+            )
+        if tiled:
+            self.network.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
+        self.network.use_tiling = tiled
+        decoded = self.network.decode(latent.to(self._device, self._dtype)).sample[0]
+        frames = torch.empty(*decoded.shape[1:], 3)
+        frames.copy_(decoded.movedim(0, -1))
+        return frames.add_(1).div_(2).clamp_(0, 1)
+
+    def decode_bytes(self, shape: tuple[int, ...]) -> int:
+        """An estimate of the memory that decoding a whole latent of ``shape`` takes beside the weights."""
+        frames, height, width = shape[-3:]
+        pixels = height * width * PIXELS_PER_LATENT**2
+        widest = FRAMES_PER_LATENT * pixels // PATCH**2 * self.network.config.decoder_base_dim
+        picture = frames_of_latents(frames) * 3 * pixels
+        return (DECODE_TENSORS * widest + DECODE_PICTURES * picture) * self._dtype.itemsize
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+def load_video_vae(
+    path: str | os.PathLike | FileInfo,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VideoVAE:
+    """The Wan2.2 VAE from its original file (``.safetensors`` or the makers' ``.pth``), of any width.
+
+    Weights are converted to ``dtype`` and moved to ``device`` one by one. Raises FileNotFoundError, WrongFileError for
+    another file or an incomplete one, RuntimeError where diffusers is not installed.
+    """
+    info = recognised(path, FileKind.WAN22_VAE)
+    config = video_vae_config({name: tensor.shape for name, tensor in info.model_tensors.items()}, info.path.name)
+    diffusers = need("diffusers", "The video VAE")
+    with torch.device("meta"):
+        network = diffusers.AutoencoderKLWan(**config)
+    with open_checkpoint(info) as source:
+        fill(network, ((diffusers_name(name), source.read(name).to(device, dtype)) for name in source), info.path.name)
+    return VideoVAE(network).eval().requires_grad_(False)
+
+
+def video_vae_config(shapes: Mapping[str, tuple[int, ...]], file_name: str) -> dict:
+    """The arguments of diffusers' ``AutoencoderKLWan`` for an original Wan2.2 VAE with tensors of these shapes.
+
+    Raises WrongFileError where a tensor they are read from is missing, or the VAE's latents are not NAVA's.
+    """
+    levels = 1 + max((int(n.split(".")[2]) for n in shapes if n.startswith("encoder.downsamples.")), default=-1)
+    blocks = {n.split(".")[4] for n in shapes if re.match(r"encoder\.downsamples\.0\.downsamples\.\d+\.residual\.", n)}
+    try:
+        width = shapes["encoder.conv1.weight"][0]
+        stage = "encoder.downsamples.{}.downsamples"
+        widths = [shapes[f"{stage.format(level)}.0.residual.6.weight"][0] for level in range(levels)]
+        channels = shapes["decoder.conv1.weight"][1]
+        config = {
+            "base_dim": width,
+            "decoder_base_dim": shapes["decoder.head.0.gamma"][0],
+            "z_dim": channels,
+            "dim_mult": [each // width for each in widths],
+            "num_res_blocks": len(blocks),
+            "temperal_downsample": [
+                f"{stage.format(level)}.{len(blocks)}.time_conv.weight" in shapes for level in range(levels - 1)
+            ],
+            "in_channels": shapes["encoder.conv1.weight"][1],
+            "out_channels": shapes["decoder.head.2.weight"][0],
+        }
+    except KeyError as missing:
+        raise WrongFileError(
+            f"{file_name} is incomplete: the tensor {missing.args[0]} is missing; download it again."
+        ) from None
+    if channels != VIDEO_CHANNELS:
+        raise WrongFileError(
+            f"{file_name} is a video VAE of {channels} latent channels, but NAVA's has {VIDEO_CHANNELS}: "
+            "choose wan2.2_vae.safetensors or Wan2.2_VAE.pth."
+        )
+    return {**config, "is_residual": True, "patch_size": PATCH, "scale_factor_spatial": PIXELS_PER_LATENT}
+
+
+_RULES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^conv1\.", "quant_conv."),
+        (r"^conv2\.", "post_quant_conv."),
+        (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
+        (r"\.head\.0\.", ".norm_out."),
+        (r"\.head\.2\.", ".conv_out."),
+        (r"\.middle\.0\.", ".mid_block.resnets.0."),
+        (r"\.middle\.1\.", ".mid_block.attentions.0."),
+        (r"\.middle\.2\.", ".mid_block.resnets.1."),
+        (r"\.downsamples\.(\d+)\.downsamples\.\d+\.(?=resample|time_conv)", r".down_blocks.\1.downsampler."),
+        (r"\.downsamples\.(\d+)\.downsamples\.(\d+)\.", r".down_blocks.\1.resnets.\2."),
+        (r"\.upsamples\.(\d+)\.upsamples\.\d+\.(?=resample|time_conv)", r".up_blocks.\1.upsampler."),
+        (r"\.upsamples\.(\d+)\.upsamples\.(\d+)\.", r".up_blocks.\1.resnets.\2."),
+        (r"\.residual\.0\.", ".norm1."),
+        (r"\.residual\.2\.", ".conv1."),
+        (r"\.residual\.3\.", ".norm2."),
+        (r"\.residual\.6\.", ".conv2."),
+        (r"\.shortcut\.", ".conv_shortcut."),
+    )
+)
+
+
+def diffusers_name(name: str) -> str:
+    """diffusers' name for a tensor of the original Wan2.2 VAE."""
+    for pattern, replacement in _RULES:
+        name = pattern.sub(replacement, name)
+    return name

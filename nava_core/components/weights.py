@@ -1,0 +1,62 @@
+"""What the components share: optional packages named in a sentence, and tensors put into a network one by one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ..checkpoint import FileInfo, FileKind, WrongFileError, describe_file, explain_wrong_file
+
+
+def need(module: str, what: str) -> ModuleType:
+    """Import ``module`` of the extra ``[standalone]``; raises RuntimeError, in a sentence, where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = {"PIL": "pillow"}.get(module.partition(".")[0], module.partition(".")[0])
+        raise RuntimeError(
+            f"{what} without ComfyUI needs the package {package}: install this project's extra [standalone], "
+            f"or run `pip install {package}`."
+        ) from error
+
+
+def recognised(path, wanted: FileKind, *others: FileKind) -> FileInfo:
+    """What ``path`` is; raises WrongFileError where it holds neither ``wanted`` nor one of ``others``."""
+    info = path if isinstance(path, FileInfo) else describe_file(path)
+    if not {info.kind, *info.parts} & {wanted, *others}:
+        raise WrongFileError(explain_wrong_file(info, wanted))
+    return info
+
+
+def fill(network: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], file_name: str) -> None:
+    """Give ``network`` its weights by name, each as it comes, in the tensor's own type and place.
+
+    Raises WrongFileError for a tensor that the network does not have or has in another shape, and for a missing one.
+    """
+    waiting = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    for name, tensor in tensors:
+        shape = waiting.pop(name, None)
+        if shape != tuple(tensor.shape):
+            why = "is not part of such a model" if shape is None else f"should have the shape {shape}"
+            raise WrongFileError(
+                f"{file_name} does not fit together: {name} of shape {tuple(tensor.shape)} {why}; download it again."
+            )
+        _put(network, name, tensor)
+    if waiting:
+        count = "1 tensor is" if len(waiting) == 1 else f"{len(waiting)} tensors are"
+        raise WrongFileError(
+            f"{file_name} is incomplete: {count} missing (such as {next(iter(waiting))}); download it again."
+        )
+
+
+def _put(network: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = network.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor

@@ -1,0 +1,275 @@
+"""The standalone components on small files of the real formats: what they compute and refuse, with nothing fetched."""
+
+import json
+import socket
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nava_core.checkpoint import WrongFileError
+from nava_core.components import (
+    denormalize_video,
+    load_audio_vae,
+    load_text_encoder,
+    load_tokenizer,
+    load_video_vae,
+    normalize_video,
+)
+from nava_core.components.audio_vae import vocoder_config
+from nava_core.components.video_vae import diffusers_name, video_vae_config
+from nava_core.demo import AUDIO_CONFIG, TEXT_DIM, make_small_models
+
+diffusers = pytest.importorskip("diffusers", reason="the standalone VAEs need diffusers")
+transformers = pytest.importorskip("transformers", reason="the standalone text encoder needs transformers")
+
+PROMPT = "A woman on a pier says: <S>The storm has passed, we can go.<E> 海浪拍打岩石"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return make_small_models(tmp_path_factory.mktemp("models"), preview_decoder=False)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a component asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def noise(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+# --- latent space ------------------------------------------------------------------------------------------------
+
+
+def test_the_video_latent_space_is_undone_and_has_a_number_for_each_channel():
+    latent = noise(2, 48, 2, 3, 4)
+    normalized = normalize_video(latent)
+    assert torch.allclose(denormalize_video(normalized), latent, atol=1e-5)
+    assert normalized[0, 0, 0, 0, 0] == pytest.approx((latent[0, 0, 0, 0, 0].item() + 0.2289) / 0.4765, abs=1e-5)
+    assert normalized[1, 47, 1, 2, 3] == pytest.approx((latent[1, 47, 1, 2, 3].item() + 0.0667) / 0.7744, abs=1e-5)
+
+
+# --- video VAE ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def video_vae(models):
+    return load_video_vae(models["video_vae"])
+
+
+def test_frames_to_latents_and_back(video_vae):
+    frames = torch.rand(5, 32, 48, 3, generator=torch.Generator().manual_seed(2))
+    latent = video_vae.encode(frames)
+    assert latent.shape == (1, 48, 2, 2, 3)
+    assert torch.allclose(video_vae.encode(frames[:1]), latent[:, :, :1], atol=1e-5)  # causal
+    decoded = video_vae.decode(latent)
+    assert decoded.shape == (5, 32, 48, 3)
+    assert decoded.dtype is torch.float32
+    assert 0 <= decoded.min() < decoded.max() <= 1
+    assert decoded.std() > 0.02
+
+
+def test_the_makers_pth_is_the_same_vae(models, video_vae, tmp_path):
+    torch.save(load_file(models["video_vae"]), tmp_path / "Wan2.2_VAE.pth")
+    latent = noise(1, 48, 2, 2, 3)
+    assert torch.equal(load_video_vae(tmp_path / "Wan2.2_VAE.pth").decode(latent), video_vae.decode(latent))
+
+
+def test_tiles_make_the_same_frames_but_for_their_seams(video_vae):
+    latent = noise(1, 48, 1, 2, 36)  # 576 pixels wide: two tiles
+    whole, tiled = video_vae.decode(latent), video_vae.decode(latent, tiled=True)
+    assert tiled.shape == whole.shape
+    assert (tiled[:, :, :384] - whole[:, :, :384]).abs().mean() < 0.02 < whole.std()
+    assert torch.equal(video_vae.decode(latent), whole)  # and the next one is whole again
+
+
+def test_dimensions_come_from_the_tensors(models):
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(models["video_vae"]).items()}
+    config = video_vae_config(shapes, "file")
+    assert (config["base_dim"], config["decoder_base_dim"], config["z_dim"]) == (8, 8, 48)
+    assert config["dim_mult"] == [1, 2, 4, 4]
+    assert (config["num_res_blocks"], config["temperal_downsample"]) == (2, [False, True, True])
+    assert len({diffusers_name(name) for name in shapes}) == len(shapes)
+    with pytest.raises(WrongFileError, match="a video VAE of 16 latent channels, but NAVA's has 48"):
+        video_vae_config({**shapes, "decoder.conv1.weight": (32, 16, 3, 3, 3)}, "file")
+
+
+def test_wrong_and_incomplete_video_vaes_are_refused_in_a_sentence(models, video_vae, tmp_path):
+    with pytest.raises(WrongFileError, match=r"is the LTX audio VAE .* the Wan2[.]2 video VAE is needed"):
+        load_video_vae(models["audio_vae"])
+    tensors = load_file(models["video_vae"])
+    save_file({n: t for n, t in tensors.items() if n != "conv2.bias"}, tmp_path / "cut.safetensors")
+    with pytest.raises(WrongFileError, match=r"cut\.safetensors is incomplete: 1 tensor is missing .*post_quant"):
+        load_video_vae(tmp_path / "cut.safetensors")
+    save_file({**tensors, "conv2.bias": torch.zeros(47)}, tmp_path / "odd.safetensors")
+    with pytest.raises(WrongFileError, match=r"post_quant_conv\.bias of shape \(47,\) should have the shape \(48,\)"):
+        load_video_vae(tmp_path / "odd.safetensors")
+    save_file({**tensors, "extra.weight": torch.zeros(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(WrongFileError, match="is not part of such a model"):
+        load_video_vae(tmp_path / "more.safetensors")
+    with pytest.raises(ValueError, match="multiples of 16"):
+        video_vae.encode(torch.rand(1, 30, 32, 3))
+    with pytest.raises(ValueError, match="A video latent is"):
+        video_vae.decode(noise(1, 16, 1, 2, 2))
+
+
+# --- audio VAE ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def audio_vae(models):
+    return load_audio_vae(models["audio_vae"])
+
+
+def test_audio_latents_are_denormalised_before_decoding(models, audio_vae):
+    latent = noise(2, 8, 9, 16)
+    stats = load_file(models["audio_vae"])
+    mean, std = (stats[f"audio_vae.per_channel_statistics.{kind}-of-means"].float() for kind in ("mean", "std"))
+    steps = latent.transpose(1, 2).flatten(2) * std + mean  # of 128 values, channel-major
+    mel = audio_vae.decoder(steps.unflatten(2, (8, 16)).transpose(1, 2))
+    waveform = audio_vae.decode(latent)
+    assert torch.allclose(waveform, audio_vae.vocoder(mel), atol=1e-6)
+    assert waveform.shape == (2, 2, (4 * 9 - 3) * 480)
+    assert audio_vae.sample_rate == 48000
+    assert waveform.abs().max() <= 1
+    assert waveform.square().mean().sqrt() > 1e-2
+    with pytest.raises(ValueError, match="An audio latent is"):
+        audio_vae.decode(noise(1, 16, 9, 8))
+
+
+def test_the_vocoder_ends_in_a_clamp_where_its_configuration_says_no_tanh(audio_vae):
+    low = AUDIO_CONFIG["vocoder"]["vocoder"]
+    assert audio_vae.vocoder.vocoder.final_act_fn == "clamp"
+    assert audio_vae.vocoder.bwe_generator.final_act_fn is None
+    for change, final in (({"use_tanh_at_final": True}, "tanh"), ({"apply_final_activation": False}, None)):
+        changed = {**AUDIO_CONFIG["vocoder"], "vocoder": {**low, **change}}
+        assert vocoder_config(changed, "file")["final_act_fn"] == final
+    with pytest.raises(WrongFileError, match=r"without bandwidth extension, which is LTX-2\.0's"):
+        vocoder_config(low, "file")
+    with pytest.raises(WrongFileError, match="a vocoder of another build"):
+        vocoder_config({**AUDIO_CONFIG["vocoder"], "vocoder": {**low, "resblock": "1"}}, "file")
+
+
+def test_audio_vaes_without_configuration_or_tensors_are_refused_in_a_sentence(models, tmp_path):
+    tensors, config = load_file(models["audio_vae"]), metadata_of(models["audio_vae"])
+    save_file(tensors, tmp_path / "bare.safetensors")
+    with pytest.raises(WrongFileError, match=r"bare\.safetensors has no configuration in its metadata"):
+        load_audio_vae(tmp_path / "bare.safetensors")
+    save_file(tensors, tmp_path / "half.safetensors", metadata={"config": json.dumps({"vocoder": {}})})
+    with pytest.raises(WrongFileError, match=r"half\.safetensors has no configuration"):
+        load_audio_vae(tmp_path / "half.safetensors")
+    for name in ("audio_vae.per_channel_statistics.mean-of-means", "vocoder.vocoder.conv_pre.bias"):
+        save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "cut.safetensors", metadata=config)
+        with pytest.raises(WrongFileError, match=r"cut\.safetensors is incomplete"):
+            load_audio_vae(tmp_path / "cut.safetensors")
+    with pytest.raises(WrongFileError, match=r"is the Wan2[.]2 video VAE .* the LTX audio VAE"):
+        load_audio_vae(models["video_vae"])
+
+
+# --- text encoder ------------------------------------------------------------------------------------------------
+
+
+def plain_context(tensors, ids):
+    """transformers' encoder in fp32 as it is."""
+    vocabulary, width = tensors["shared.weight"].shape
+    config = transformers.UMT5Config(
+        vocab_size=vocabulary, d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4
+    )
+    network = transformers.UMT5EncoderModel(config).eval()
+    weights = {name: tensor.float() for name, tensor in tensors.items()}
+    network.load_state_dict({**weights, "encoder.embed_tokens.weight": weights["shared.weight"]})
+    with torch.no_grad():
+        return network(torch.tensor([ids])).last_hidden_state
+
+
+def test_contexts_equal_plain_transformers_with_the_weights_in_fp32(models):
+    tensors = load_file(models["text_encoder"])
+    tensors.pop("spiece_model")
+    ids = load_tokenizer(models["text_encoder"])(PROMPT).ids
+    encoder = load_text_encoder(models["text_encoder"])
+    context = encoder.encode(ids)
+    assert context.shape == (1, len(ids), TEXT_DIM)
+    assert context.dtype is torch.float32
+    assert (context - plain_context(tensors, ids)).abs().max() < 1e-5
+    assert sum(p.nbytes for p in encoder.parameters()) < 1.05 * sum(t.nbytes for t in tensors.values())  # still fp16
+
+
+@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
+def test_scaled_fp8_equals_its_dequantised_weights_and_stays_fp8_in_memory(models, tmp_path, suffix):
+    tensors = load_file(models["text_encoder_fp8"])
+    path = tmp_path / "fp8.safetensors"
+    save_file({n.replace("scale_weight", suffix): t for n, t in tensors.items()}, path)
+    ids = load_tokenizer(path)(PROMPT).ids
+    encoder = load_text_encoder(path)
+    dequantised = {
+        name: tensor.float() * tensors.get(name.replace(".weight", ".scale_weight"), torch.ones(()))
+        for name, tensor in tensors.items()
+        if name.endswith(".weight")
+    }
+    assert (encoder.encode(ids) - plain_context(dequantised, ids)).abs().max() < 1e-5
+    assert any(p.dtype is torch.float8_e4m3fn for p in encoder.parameters())
+
+
+def test_the_makers_file_takes_its_tokenizer_from_a_folder_or_beside_it(models, tmp_path):
+    makers = models["text_encoder_pth"]
+    ids = load_tokenizer(models["text_encoder"])(PROMPT).ids
+    assert load_tokenizer(makers, models["tokenizer"])(PROMPT).ids == ids
+    assert load_tokenizer(makers)(PROMPT).ids == ids  # "umt5-tiny" lies beside it
+    tensors = {n: t.bfloat16() for n, t in load_file(models["text_encoder"]).items() if n != "spiece_model"}
+    assert (load_text_encoder(makers).encode(ids) - plain_context(tensors, ids)).abs().max() < 1e-5
+    alone = tmp_path / "encoder.pth"
+    alone.write_bytes(makers.read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"encoder\.pth needs a tokenizer"):
+        load_tokenizer(alone)
+
+
+def test_wrong_and_incomplete_text_encoders_are_refused_in_a_sentence(models, tmp_path):
+    with pytest.raises(WrongFileError, match="a umt5 text encoder is needed here"):
+        load_text_encoder(models["video_vae"])
+    tensors = load_file(models["text_encoder"])
+    del tensors["encoder.final_layer_norm.weight"]
+    save_file(tensors, tmp_path / "cut.safetensors")
+    with pytest.raises(WrongFileError, match=r"cut\.safetensors: .*incomplete: encoder\.final_layer_norm\.weight"):
+        load_text_encoder(tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match="the tokenizer does not fit"):
+        load_text_encoder(models["text_encoder"]).encode([1, 10**6])
+
+
+# --- packages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("load", "role", "package"),
+    [
+        (load_video_vae, "video_vae", "diffusers"),
+        (load_audio_vae, "audio_vae", "diffusers"),
+        (load_text_encoder, "text_encoder", "transformers"),
+    ],
+)
+def test_a_missing_package_is_one_sentence_that_names_the_extra(models, monkeypatch, load, role, package):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(RuntimeError, match=rf"needs the package {package}: install .* extra \[standalone\]"):
+        load(models[role])
+
+
+def test_diffusers_too_old_for_the_vocoder_is_one_sentence(models, monkeypatch):
+    import diffusers.pipelines.ltx2 as ltx2
+
+    class Old:
+        __name__ = ltx2.__name__
+
+    monkeypatch.setitem(__import__("sys").modules, "diffusers.pipelines.ltx2", Old())
+    with pytest.raises(RuntimeError, match=r"needs diffusers 0\.38 or later"):
+        load_audio_vae(models["audio_vae"])

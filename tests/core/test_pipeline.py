@@ -1,0 +1,521 @@
+"""The whole job without a host: clips against a plain composition of their parts, files, memory, interruption."""
+
+import math
+import os
+import socket
+import wave
+import weakref
+
+import av
+import pytest
+import torch
+from PIL import Image
+
+import nava_core.pipeline as pipeline_module
+from nava_core.checkpoint import WrongFileError, load_backbone
+from nava_core.components import (
+    denormalize_video,
+    load_audio_vae,
+    load_text_encoder,
+    load_tokenizer,
+    load_video_vae,
+    normalize_video,
+)
+from nava_core.demo import make_small_models
+from nava_core.geometry import ClipGeometry, audio_latent_to_tokens, audio_tokens_to_latent
+from nava_core.media import NonFiniteError
+from nava_core.pipeline import (
+    Clip,
+    ModelFiles,
+    NavaPipeline,
+    clip_geometry,
+    clip_noise,
+    default_guidance,
+    find_model_files,
+    fit_picture,
+)
+from nava_core.prompt import timbre_inputs
+from nava_core.sampling import Guidance, Interrupted, denoise, flow_sigmas
+from nava_core.timbre import encode_timbre, load_redimnet
+
+pytest.importorskip("diffusers", reason="the standalone VAEs need diffusers")
+pytest.importorskip("transformers", reason="the standalone text encoder needs transformers")
+
+PROMPT = "Two friends in a kitchen. One says <S>good morning<E>, the other <S>hello there<E>."
+SHORT = {"seconds": 0.5, "width": 64, "height": 32, "steps": 2, "seed": 5}
+FRAMES = 13
+ROLES = ("backbone", "text_encoder", "video_vae", "audio_vae", "speaker_encoder")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return make_small_models(tmp_path_factory.mktemp("models"), preview_decoder=False)
+
+
+@pytest.fixture(scope="module")
+def files(models):
+    return ModelFiles(**{role: models[role] for role in ROLES})
+
+
+@pytest.fixture(scope="module")
+def pipeline(files):
+    return NavaPipeline.from_files(files, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def voice():
+    time = torch.arange(48000) / 16000
+    return sum(torch.sin(2 * math.pi * 150 * k * time) / k for k in range(1, 6)).unsqueeze(0) / 4, 16000
+
+
+@pytest.fixture(scope="module")
+def picture():
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 90), torch.linspace(0, 1, 120), indexing="ij")
+    return torch.stack([rows, columns, (torch.sin(12 * rows * columns) + 1) / 2], dim=-1)
+
+
+@pytest.fixture(scope="module")
+def clip(pipeline, picture, voice):
+    return pipeline(PROMPT, image=picture, size_from_image=False, voices=[voice], negative="blurred", **SHORT)
+
+
+@pytest.fixture
+def _latents_only(monkeypatch):
+    monkeypatch.setattr(NavaPipeline, "_decode_video", lambda *_: None)
+    monkeypatch.setattr(NavaPipeline, "_decode_audio", lambda *_: (None, 0))
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the pipeline asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+# --- what a clip is made of --------------------------------------------------------------------------------------
+
+
+def test_a_clip_is_the_plain_composition_of_its_parts(models, clip, picture, voice):
+    tokenizer, encoder = load_tokenizer(models["text_encoder"]), load_text_encoder(models["text_encoder"])
+    tokens = tokenizer(PROMPT)
+    timbre = encode_timbre(load_redimnet(models["speaker_encoder"]), *voice)
+    timbres, positions = timbre_inputs(tokens, [timbre])
+    geometry = ClipGeometry(0.5, 64, 32)
+    vae = load_video_vae(models["video_vae"])
+    first = vae.encode(fit_picture(picture, geometry))
+    start = torch.zeros(1, 48, 4, 2, 4)
+    start[:, :, :1] = first
+    mask = torch.ones(1, 1, 4, 2, 4)
+    mask[:, :, 0] = 0
+    generator = torch.Generator().manual_seed(5)
+    video_noise = torch.randn(1, 48, 4, 2, 4, generator=generator)
+    audio_noise = torch.randn(1, 8, 14, 16, generator=generator)
+    video, audio = denoise(
+        load_backbone(models["backbone"]),
+        video_noise,
+        audio_latent_to_tokens(audio_noise),
+        encoder.encode(tokens.ids),
+        sigmas=flow_sigmas(2),
+        guidance=Guidance(video_text=2.0, audio_timbre=2.0),
+        negative=encoder.encode(tokenizer("blurred").ids),
+        timbre=timbres,
+        timbre_positions=positions,
+        video_latent=normalize_video(start),
+        video_mask=mask,
+    )
+    assert torch.equal(clip.audio_latent, audio_tokens_to_latent(audio))
+    assert torch.equal(clip.video_latent[:, :, 1:], denormalize_video(video)[:, :, 1:])
+    assert torch.equal(clip.video_latent[:, :, :1], first)
+    assert torch.equal(clip.frames, vae.decode(clip.video_latent))
+    sound = load_audio_vae(models["audio_vae"]).decode(clip.audio_latent)[0]
+    samples = round(FRAMES / 24 * 48000)
+    assert sound.shape == (2, (4 * 14 - 3) * 480)  # a little short of the picture, and filled with silence
+    assert torch.equal(clip.waveform, torch.nn.functional.pad(sound, (0, samples - sound.shape[1])))
+    assert "Span 2: “hello there”" in clip.report
+    assert "voice 1" in clip.report
+
+
+def test_the_first_frame_of_the_clip_is_the_pictures_round_trip(models, clip, picture):
+    vae = load_video_vae(models["video_vae"])
+    round_trip = vae.decode(vae.encode(fit_picture(picture, ClipGeometry(0.5, 64, 32))))
+    assert torch.allclose(clip.frames[:1], round_trip, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_latents_only")
+def test_seed_prompt_voice_and_picture_matter_and_nothing_else_does(pipeline, clip, picture, voice):
+    settings = {"image": picture, "size_from_image": False, "voices": [voice], "negative": "blurred", **SHORT}
+    torch.manual_seed(99)  # the global generator has no part in it
+    again = pipeline(PROMPT, **settings)
+    assert torch.equal(again.video_latent, clip.video_latent)
+    assert torch.equal(again.audio_latent, clip.audio_latent)
+    for change in ({"seed": 6}, {"voices": []}, {"image": 1 - picture}, {"negative": ""}, {"guidance": Guidance()}):
+        other = pipeline(PROMPT, **{**settings, **change})
+        assert (other.audio_latent - clip.audio_latent).abs().max() > 1e-3, change
+        assert (other.video_latent - clip.video_latent).abs().max() > 1e-3, change
+
+
+@pytest.mark.usefixtures("_latents_only")
+def test_voices_come_as_files_waveforms_or_embeddings_and_bind_as_assigned(pipeline, files, voice, tmp_path):
+    samples, rate = voice
+    with wave.open(str(tmp_path / "voice.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((samples[0] * 32768).to(torch.int16).numpy().tobytes())
+    stored = (samples * 32768).to(torch.int16).float() / 32768
+    embedding = encode_timbre(load_redimnet(files.speaker_encoder), stored, rate)
+    clips = [
+        pipeline(PROMPT, voices=[each], assignment=[None, 0], mode="audio", **SHORT)
+        for each in (tmp_path / "voice.wav", (stored, rate), embedding)
+    ]
+    assert torch.equal(clips[0].audio_latent, clips[2].audio_latent)
+    assert torch.equal(clips[1].audio_latent, clips[2].audio_latent)
+    assert clips[0].report.splitlines()[1].endswith("no voice given.")
+    assert clips[0].report.splitlines()[2].endswith("voice 1.")
+    short = pipeline(PROMPT, voices=[(samples[:, :8000], rate)], mode="audio", **SHORT)
+    assert any(warning.startswith("Voice 1: The voice lasts only 0.50 s") for warning in short.warnings)
+
+
+def test_noise_is_drawn_picture_first_from_one_generator():
+    geometry = ClipGeometry(0.5, 64, 32)
+    video, audio = clip_noise(geometry, 2**63)
+    torch.manual_seed(2**63)
+    assert torch.equal(video, torch.randn(1, 48, 4, 2, 4))
+    assert torch.equal(audio, torch.randn(1, 8, 14, 16))
+    none, alone = clip_noise(ClipGeometry(0.5, mode="audio"), 3)
+    torch.manual_seed(3)
+    torch.randn(48)
+    assert none is None
+    assert torch.equal(alone, torch.randn(1, 8, 13, 16))
+    assert clip_noise(ClipGeometry(0.5, 64, 32, "video"), 3)[1] is None
+
+
+def test_guidance_is_the_makers_unless_given():
+    for has_image, has_voice in ((False, False), (True, False), (False, True)):
+        assert default_guidance(has_image, has_voice) == Guidance()
+    both = default_guidance(True, True)
+    assert (both.video_text, both.audio_timbre, both.audio_text) == (2.0, 2.0, 2.0)
+
+
+def test_the_clip_takes_the_bucket_of_its_picture_unless_told_otherwise(picture):
+    assert clip_geometry(1, 64, 32, "video", picture, True) == ClipGeometry(1, 1088, 832, "video")
+    assert clip_geometry(1, 64, 32, "video", picture, False) == ClipGeometry(1, 64, 32, "video")
+    with pytest.raises(ValueError, match="A first frame was given for a clip of sound alone"):
+        clip_geometry(1, 64, 32, "audio", picture, True)
+
+
+def test_a_picture_is_scaled_to_cover_and_cropped_about_its_centre(picture):
+    fitted = fit_picture(picture, ClipGeometry(1, 64, 32))
+    assert fitted.shape == (1, 32, 64, 3)
+    rows = fitted[0, :, :, 0].mean(dim=1)  # red grows from top to bottom, 0 to 1 over 48 rows, of which 8..39 are left
+    assert rows[0] == pytest.approx(8.5 / 48, abs=0.02)
+    assert rows[-1] == pytest.approx(39.5 / 48, abs=0.02)
+    same = fit_picture(picture[:80, :112], ClipGeometry(1, 112, 80))
+    assert torch.equal(same[0], (picture[:80, :112] * 255).floor() / 255)
+
+
+@pytest.mark.usefixtures("_latents_only")
+def test_a_picture_file_is_the_same_as_its_pixels(pipeline, picture, tmp_path):
+    levels = (picture * 255).to(torch.uint8)
+    Image.fromarray(levels.numpy()).save(tmp_path / "first.png")
+    settings = {**SHORT, "size_from_image": False, "mode": "video"}
+    from_file = pipeline("A pier.", image=tmp_path / "first.png", **settings)
+    from_pixels = pipeline("A pier.", image=levels.float()[None] / 255, **settings)
+    assert torch.equal(from_file.video_latent, from_pixels.video_latent)
+
+
+def test_an_empty_prompt_is_the_null_and_needs_no_text_encoder(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "load_text_encoder", None)
+    clip = pipeline(" ", **SHORT)
+    assert clip.report.startswith("Empty: the null")
+    assert clip.frames.shape == (FRAMES, 32, 64, 3)
+
+
+def test_bfloat16_is_near_float32(files, pipeline):
+    half = NavaPipeline.from_files(files, device="cpu", dtype=torch.bfloat16)(PROMPT, **{**SHORT, "steps": 1})
+    full = pipeline(PROMPT, **{**SHORT, "steps": 1})
+    error = (half.video_latent - full.video_latent).square().mean().sqrt() / full.video_latent.std()
+    assert 1e-4 < error < 0.2
+    assert half.frames.dtype is torch.float32
+
+
+# --- outputs -----------------------------------------------------------------------------------------------------
+
+
+def streams(path):
+    with av.open(str(path)) as container:
+        found = {stream.type: stream for stream in container.streams}
+        video, audio = found.get("video"), found.get("audio")
+        return (
+            None if video is None else (video.codec_context.name, video.width, video.height, video.average_rate),
+            0 if video is None else sum(1 for _ in container.decode(video=0)),
+            None if audio is None else (audio.codec_context.name, audio.rate, audio.codec_context.channels),
+            [float(stream.duration * stream.time_base) for stream in container.streams],
+        )
+
+
+def test_a_clip_is_saved_with_picture_and_sound(clip, tmp_path):
+    assert clip.save(tmp_path / "clip.mp4") == tmp_path / "clip.mp4"
+    video, frames, audio, durations = streams(tmp_path / "clip.mp4")
+    assert video == ("h264", 64, 32, 24)
+    assert frames == FRAMES
+    assert audio == ("aac", 48000, 2)
+    assert durations == pytest.approx([FRAMES / 24, FRAMES / 24], abs=1e-3)
+
+
+def test_sound_alone_is_saved_as_24_bit_wav_of_the_asked_length(pipeline, tmp_path):
+    clip = pipeline(PROMPT, mode="audio", **SHORT)
+    assert clip.frames is None
+    assert clip.video_latent is None
+    assert clip.audio_latent.shape == (1, 8, 13, 16)
+    clip.save(tmp_path / "clip.wav")
+    with wave.open(str(tmp_path / "clip.wav")) as file:
+        assert file.getparams()[:4] == (2, 3, 48000, 24000)  # channels, bytes, rate, samples
+    with pytest.raises(ValueError, match=r"Cannot write clip\.mp4: sound alone is written as \.wav"):
+        clip.save(tmp_path / "clip.mp4")
+
+
+def test_picture_alone_is_saved_without_a_sound_track(pipeline, tmp_path):
+    clip = pipeline(PROMPT, mode="video", **SHORT)
+    assert (clip.waveform, clip.audio_latent) == (None, None)
+    clip.save(tmp_path / "clip.mp4")
+    video, frames, audio, _ = streams(tmp_path / "clip.mp4")
+    assert (video[0], frames, audio) == ("h264", FRAMES, None)
+    with pytest.raises(ValueError, match=r"Cannot write clip\.wav: a clip with a picture is written as \.mp4"):
+        clip.save(tmp_path / "clip.wav")
+
+
+def test_a_file_is_whole_or_not_there(clip, tmp_path):
+    def stop(frame, _):
+        if frame == 5:
+            raise Interrupted("enough")
+
+    with pytest.raises(Interrupted):
+        clip.save(tmp_path / "clip.mp4", callback=stop)
+    broken = Clip(clip.frames * math.nan, clip.waveform, 48000, None, None)
+    with pytest.raises(NonFiniteError, match="video VAE"):
+        broken.save(tmp_path / "clip.mp4")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        clip.save(tmp_path / "nowhere" / "clip.mp4")
+
+
+# --- interruption and errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_latents_only")
+def test_steps_are_reported_and_a_run_can_be_stopped_at_any_point(pipeline):
+    seen, asked = [], []
+    pipeline(
+        PROMPT,
+        callback=lambda step, steps, video, audio: seen.append((step, steps, video.shape, audio.shape)),
+        should_stop=lambda: bool(asked.append(None)),
+        **SHORT,
+    )
+    assert seen == [(1, 2, (1, 48, 4, 2, 4), (1, 14, 128)), (2, 2, (1, 48, 4, 2, 4), (1, 14, 128))]
+    for last in range(0, len(asked), 3):
+        calls = iter([False] * last)
+        with pytest.raises(Interrupted):
+            pipeline(PROMPT, should_stop=lambda calls=calls: next(calls, True), **SHORT)
+        assert next(calls, None) is None
+
+
+def test_what_does_not_fit_together_is_said_before_anything_is_loaded(pipeline, files, picture, voice, monkeypatch):
+    for name in ("load_text_encoder", "load_video_vae", "load_audio_vae", "load_backbone", "load_redimnet"):
+        monkeypatch.setattr(pipeline_module, name, None)
+    cases = (
+        ({"mode": "audio", "image": picture}, "A first frame was given for a clip of sound alone"),
+        ({"width": 63}, "multiple of 16"),
+        ({"seconds": 0}, "longer than 0 seconds"),
+        ({"mode": "both"}, "mode is one of"),
+        ({"steps": 0}, "at least 1 step"),
+        ({"voices": [voice] * 3}, "3 voices given but the prompt has 2 speech spans"),
+        ({"image": torch.zeros(3, 8, 8)}, r"A first frame is \(height, width, 3\)"),
+        ({"prompt": "", "voices": [voice]}, "Voices were given but the prompt is empty"),
+        ({"prompt": "Open <S>span"}, "<E>"),
+        ({"image": "nowhere.png"}, "There is no file"),
+    )
+    for change, sentence in cases:
+        with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+            pipeline(**{"prompt": PROMPT, **SHORT, **change})
+    alone = NavaPipeline.from_files(ModelFiles(*(getattr(files, role) for role in ROLES[:4])), device="cpu")
+    with pytest.raises(ValueError, match="needs the speaker encoder"):
+        alone(PROMPT, voices=[voice], **SHORT)
+
+
+def test_a_prompt_that_is_cut_and_a_clip_that_is_long_are_warned_of(files, monkeypatch):
+    said = []
+    pipeline = NavaPipeline.from_files(files, device="cpu", say=said.append)
+    monkeypatch.setattr(NavaPipeline, "_encode_text", lambda *_: (_ for _ in ()).throw(Interrupted("far enough")))
+    with pytest.raises(Interrupted):
+        pipeline("word " * 600 + PROMPT, seconds=20)
+    assert any("trained on clips of up to 10 s" in sentence for sentence in said)
+    assert any("CUT OFF" in sentence for sentence in said)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+LOADERS = ("load_text_encoder", "load_video_vae", "load_audio_vae", "load_backbone")
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """What was loaded, in order: [(loader, weak reference, loaders of what else was in memory then)]."""
+    loaded = []
+
+    def watched(name, original):
+        def load(*args, **settings):
+            others = [other for other, reference, _ in loaded if reference() is not None]
+            component = original(*args, **settings)
+            loaded.append((name, weakref.ref(component), others))
+            return component
+
+        return load
+
+    for name in LOADERS:
+        monkeypatch.setattr(pipeline_module, name, watched(name, getattr(pipeline_module, name)))
+    return loaded
+
+
+def assert_all_gone(alive):
+    assert alive
+    assert all(reference() is None for _, reference, _ in alive)
+
+
+def test_components_are_in_memory_one_at_a_time(files, picture, alive):
+    pipeline = NavaPipeline.from_files(files, device="cpu")
+    pipeline(PROMPT, image=picture, size_from_image=False, **SHORT)
+    order = ["load_text_encoder", "load_video_vae", "load_backbone", "load_video_vae", "load_audio_vae"]
+    assert [(name, others) for name, _, others in alive] == [(name, []) for name in order]
+    assert_all_gone(alive)
+
+
+def test_a_stopped_run_leaves_nothing_in_memory_and_the_next_one_runs(files, alive):
+    pipeline = NavaPipeline.from_files(files, device="cpu")
+    with pytest.raises(Interrupted):
+        pipeline(PROMPT, should_stop=lambda: any(name == "load_backbone" for name, *_ in alive), **SHORT)
+    assert [name for name, *_ in alive] == ["load_text_encoder", "load_backbone"]
+    assert_all_gone(alive)
+    assert pipeline(PROMPT, **SHORT).frames is not None
+
+
+def test_kept_components_are_loaded_once_and_given_back_by_unload(files, alive):
+    pipeline = NavaPipeline.from_files(files, device="cpu", keep_loaded=True)
+    first, second = (pipeline(PROMPT, **SHORT) for _ in range(2))
+    assert torch.equal(first.frames, second.frames)
+    assert sorted(name for name, *_ in alive) == sorted(LOADERS)
+    assert all(reference() is not None for _, reference, _ in alive)
+    pipeline.unload()
+    assert_all_gone(alive)
+
+
+@pytest.mark.parametrize("keep_loaded", [False, True])
+def test_the_backbone_leaves_a_gpu_only_where_another_does_not_fit_beside_it(files, monkeypatch, keep_loaded):
+    """A GPU is played by a number of free bytes."""
+    moves = []
+
+    class Backbone(torch.nn.Module):
+        def to(self, device):
+            moves.append(device)
+            return self
+
+    def free(_):
+        on_gpu = "backbone" in pipeline._kept and not moves
+        return 10 if on_gpu else 100
+
+    pipeline = NavaPipeline(files, torch.device("cuda"), None, print, keep_loaded)
+    monkeypatch.setattr(pipeline_module, "_free_bytes", free)
+    pipeline._kept["backbone"] = Backbone()
+    assert pipeline._make_room(10)
+    assert "backbone" in pipeline._kept
+    assert moves == []
+    assert pipeline._make_room(100)
+    assert ("backbone" in pipeline._kept, moves) == ((True, ["cpu"]) if keep_loaded else (False, []))
+    assert not pipeline._make_room(101)
+
+
+def test_types_by_device_and_file(files):
+    def types(device, dtype=None):
+        pipeline = NavaPipeline(files, torch.device(device), dtype, print, False)
+        return pipeline._backbone_dtype, pipeline._vae_dtype
+
+    assert types("cpu") == (None, torch.float32)
+    assert types("cuda") == (torch.bfloat16, torch.bfloat16)
+    assert types("cpu", torch.bfloat16) == (torch.bfloat16, torch.bfloat16)
+    assert types("cuda", torch.float8_e4m3fn) == (torch.float8_e4m3fn, torch.bfloat16)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    """Model files under names that say nothing, in folders."""
+    for number, role in enumerate(ROLES):
+        target = tmp_path / "models" / str(number % 2) / f"{number}{models[role].suffix}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(models[role], target)
+    return tmp_path / "models"
+
+
+def test_files_are_found_by_what_they_hold(folder):
+    (folder / "1" / "again.safetensors").symlink_to(folder / "0" / "0.safetensors")
+    (folder / "0" / "loop").symlink_to(folder)
+    (folder / "notes.txt").write_text("not a model")
+    found = find_model_files(folder)
+    assert [getattr(found, role).name[0] for role in ROLES] == list("01234")
+    assert found.tokenizer is None
+    found.check()
+
+
+def test_a_missing_an_ambiguous_and_an_unknown_file_are_one_sentence(folder, models):
+    (folder / "1" / "3.safetensors").unlink()
+    (folder / "1" / "3.safetensors").write_bytes(models["audio_vae"].read_bytes()[:5000])
+    with pytest.raises(FileNotFoundError, match=r"no audio VAE in .*3\.safetensors is an incomplete download"):
+        find_model_files(folder)
+    os.link(models["text_encoder_fp8"], folder / "other.safetensors")
+    chosen = {"audio_vae": models["audio_vae"]}
+    with pytest.raises(ValueError, match=r"2 that could be the text encoder: other\.safetensors, 1/1\.safetensors"):
+        find_model_files(folder, **chosen)
+    found = find_model_files(folder, text_encoder=folder / "other.safetensors", **chosen)
+    assert found.text_encoder.name == "other.safetensors"
+    (folder / "0" / "4.pt").unlink()
+    assert find_model_files(folder, text_encoder=folder / "other.safetensors", **chosen).speaker_encoder is None
+    with pytest.raises(ValueError, match="no model file called vae"):
+        find_model_files(folder, vae="x")
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        find_model_files(folder / "nowhere")
+
+
+def test_the_makers_text_encoder_gets_its_tokenizer_folder(folder, models):
+    (folder / "1" / "1.safetensors").unlink()
+    os.link(models["text_encoder_pth"], folder / "encoder.pth")
+    assert find_model_files(folder).tokenizer is None
+    tokenizer = folder / "0" / "google" / "umt5-xxl"
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "spiece.model").write_bytes((models["tokenizer"] / "spiece.model").read_bytes())
+    found = find_model_files(folder)
+    assert found.tokenizer == tokenizer
+    clip = NavaPipeline.from_files(found, device="cpu")(PROMPT, mode="audio", **SHORT)
+    assert "timbre token" in clip.report
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="2 that could be the tokenizer"):
+        find_model_files(folder)
+
+
+def test_wrong_files_are_refused_when_the_pipeline_is_made(files, models):
+    def make(**change):
+        paths = {role: getattr(files, role) for role in ROLES}
+        return NavaPipeline.from_files(ModelFiles(**{**paths, **change}), device="cpu")
+
+    with pytest.raises(WrongFileError, match=r"is the LTX audio VAE .* but the Wan2\.2 video VAE is needed"):
+        make(video_vae=models["audio_vae"])
+    with pytest.raises(WrongFileError, match="but a ReDimNet speaker encoder is needed"):
+        make(speaker_encoder=models["backbone"])
+    with pytest.raises(FileNotFoundError, match="There is no file nowhere"):
+        make(backbone="nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="There is no tokenizer folder nowhere"):
+        make(tokenizer="nowhere")
