@@ -29,6 +29,9 @@ AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 1200
 AAC_BITS_PER_SECOND = 256_000
 BT709, LIMITED_RANGE = 1, 1  # FFmpeg's numbers for them
 CHUNK = 8  # frames converted at a time
+# x264's macroblock tree reads past the end of a row unless the width is a multiple of 128: equal frames then gave files
+# that differed from run to run.
+REPEATABLE = "mbtree=0"
 LOUDNESS_MODES = ("as decoded", "limit peak to -1 dBFS")
 PEAK_LIMIT = 10 ** (-1 / 20)
 
@@ -220,7 +223,8 @@ def _write_mp4(path: Path, chunks, total, sound, rate: Fraction, crf: float, met
 
 
 def _add_picture_stream(container, width: int, height: int, rate: Fraction, crf: float):
-    stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+    options = {"crf": str(crf), "x264-params": REPEATABLE}
+    stream = container.add_stream("libx264", rate=rate, options=options)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     context = stream.codec_context
     context.time_base = 1 / rate

@@ -1,9 +1,13 @@
-"""What every test needs: the repository root on the path, and quiet, reproducible torch."""
+"""What every test needs: the repository root on the path, and one thread, quickest for small models and repeatable."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:

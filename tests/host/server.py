@@ -22,6 +22,8 @@ from comfy_host import ROOT, require_comfyui
 START_SECONDS = 180
 RUN_SECONDS = 300
 PACK_FOLDER = "nava-nodes"
+# One thread: quickest for small models, and sums are then always taken in the same order.
+ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Comfy:
                 sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(self.base),
                 "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *self.options,
             ],
-            cwd=comfy, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            cwd=comfy, stdout=self.log, stderr=subprocess.STDOUT, env=ENVIRONMENT,
         )  # fmt: skip
         self._wait_until_up()
         self.socket = websocket.create_connection(
