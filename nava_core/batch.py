@@ -1,0 +1,391 @@
+"""Many clips from a file of JSON lines: what is finished is skipped, a bad line is recorded, a kill loses one clip.
+
+The output folder holds the clips, ``report.jsonl`` (what became of every line, appended as it happens, run after run)
+and ``summary.json`` (every line of the last run). A clip is written under ``.unfinished`` and moved to its name when
+it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .explain import explain, is_fatal
+from .jobs import Defaults, Job, LineError, parse_line, read_lines
+
+REPORT, SUMMARY = "report.jsonl", "summary.json"
+UNFINISHED, LOCK = ".unfinished", ".batch.lock"
+KEY_LENGTH = 12  # hexadecimal digits of a job's hash in the names of clips without an id
+
+MADE, SKIPPED, DUPLICATE, FAILED = "made", "skipped", "duplicate", "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a line. ``file`` is the name of its clip in the output folder."""
+
+    line: int
+    status: str  # made, skipped (finished before), duplicate (of an earlier line), failed
+    file: str | None = None
+    key: str | None = None
+    size: int | None = None  # bytes
+    seconds: float | None = None  # that making it took
+    duplicate_of: int | None = None
+    error: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if value not in (None, ())}
+
+
+@dataclass
+class BatchResult:
+    """Counts by status, and the outcome of every line that was reached."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def counts(self) -> Counter:
+        return Counter(outcome.status for outcome in self.outcomes)
+
+    @property
+    def failures(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.status == FAILED]
+
+
+class Watcher:
+    """Is told how a batch goes on; this one keeps quiet."""
+
+    def clip(self, line: int, done: int, total: int, job: Job) -> None:
+        """A clip is begun, ``done`` lines of ``total`` being behind it."""
+
+    def step(self, step: int, steps: int, *_: Any) -> None:
+        """A denoising step is done."""
+
+    def outcome(self, outcome: Outcome) -> None:
+        """A line is done with."""
+
+    def note(self, text: str) -> None:
+        """Something the person at the terminal should know."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A batch file looked through before anything is loaded: how many lines, and which cannot be used."""
+
+    lines: int
+    problems: tuple[tuple[int, str], ...]
+
+
+def check_batch(source: str | os.PathLike, defaults: Defaults | None = None) -> Check:
+    """Read and check every line of a batch file, with the files it names looked for but not opened."""
+    lines, problems = 0, []
+    for number, job in _jobs(Path(source), defaults or Defaults()):
+        lines += 1
+        if isinstance(job, Exception):
+            problems.append((number, explain(job)))
+    return Check(lines, tuple(problems))
+
+
+def _jobs(source: Path, defaults: Defaults) -> Iterator[tuple[int, Job | Exception]]:
+    folder = Path(os.path.abspath(source)).parent
+    with source.open("rb") as file:
+        for number, raw in read_lines(file):
+            try:
+                yield number, raw if isinstance(raw, LineError) else parse_line(raw, folder, defaults)
+            except (ValueError, OSError) as error:
+                yield number, error
+
+
+def run_batch(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    open_pipeline: Callable[[], Callable[..., Any]],
+    defaults: Defaults | None = None,
+    *,
+    models: Mapping[str, str] | None = None,
+    remake: bool = False,
+    watcher: Watcher | None = None,
+    debug: bool = False,
+) -> BatchResult:
+    """Make the clips of a batch file, one after another, into ``folder`` (made if missing).
+
+    ``open_pipeline`` is called once, for the first clip that is to be made; its result is called with
+    ``Job.request()``, ``callback`` and returns a clip with ``save(path)``. A clip is named after the line's ``id``, or
+    after its number and content. A line whose clip is there, made from the same content, is skipped, wherever the line
+    stands now; the same content twice is made once, and a second ``id`` gets a link to it (a copy where links are not
+    possible). ``remake`` makes all again. ``models`` (names by role) are recorded, and a change since the last run is
+    noted.
+
+    A line that fails is recorded and the rest goes on. Raises what ``open_pipeline`` raises, OSError where the disk is
+    full, BlockingIOError where another batch is at work in ``folder``; KeyboardInterrupt goes through after the summary
+    is written.
+    """
+    source, folder = Path(source), Path(folder)
+    defaults, watcher = defaults or Defaults(), watcher or Watcher()
+    total = check_batch(source, defaults).lines
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder), _work_folder(folder) as work:
+        report = Report(folder)
+        report.begin(source, models or {}, watcher.note)
+        run = _Run(folder, work, report, open_pipeline, watcher, remake, debug)
+        result = BatchResult(run.outcomes)
+        try:
+            for number, job in _jobs(source, defaults):
+                run.line(number, job, total)
+        except BaseException as error:
+            result.interrupted = isinstance(error, KeyboardInterrupt)
+            raise
+        finally:
+            _write_summary(folder, source, total, result)
+    return result
+
+
+class Report:
+    """``report.jsonl``: appended line by line, and read for what is finished."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / REPORT
+        self.key_of: dict[str, str] = {}  # file: key of the job it was made from
+        self.files_of: dict[str, list[str]] = {}  # key: files
+        self.size_of: dict[str, int] = {}
+        self.models: dict[str, str] | None = None
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        """Remembers what is recorded; a last line that a kill cut off is taken away."""
+        with self.path.open("r+b") as file:
+            end = 0
+            for raw in file:
+                if raw.endswith(b"\n"):
+                    end += len(raw)
+                    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                        self._remember(json.loads(raw))
+            file.truncate(end)
+
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        if "models" in record:
+            self.models = dict(record["models"])
+        elif record["status"] in (MADE, DUPLICATE):
+            file, key, size = record["file"], record["key"], record["size"]
+            if Path(file).name != file:
+                return
+            self.key_of[file], self.size_of[file] = key, size
+            self.files_of.setdefault(key, []).append(file)
+
+    def begin(self, source: Path, models: Mapping[str, str], note: Callable[[str], None]) -> None:
+        """Records the run's start, and notes where the folder's clips come from other models."""
+        if self.models and models and self.models != dict(models) and self.key_of:
+            changed = ", ".join(f"{self.models.get(r)} -> {models.get(r)}" for r in sorted({*self.models, *models})
+                                if self.models.get(r) != models.get(r))  # fmt: skip
+            note(
+                f"The clips in {self.folder} were made with other models ({changed}): they are kept; "
+                "--remake makes them again, another --out keeps both."
+            )
+        self.add({"run": _now(), "source": str(source), "models": dict(models)})
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Appends a record; it is on the disk when this returns."""
+        self._append(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        self._remember({"status": "", **record})
+
+    def _append(self, data: bytes) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            file.write(data)
+            os.fsync(file.fileno())
+
+    def has(self, file: str, key: str) -> bool:
+        """Whether ``file`` is there, whole, and made from the job with this key."""
+        if self.key_of.get(file) != key:
+            return False
+        with contextlib.suppress(OSError):
+            return (self.folder / file).stat().st_size == self.size_of[file]
+        return False
+
+    def find(self, key: str) -> str | None:
+        """A whole file made from the job with this key."""
+        return next((file for file in self.files_of.get(key, ()) if self.has(file, key)), None)
+
+
+@dataclass
+class _Run:
+    """A batch at work."""
+
+    folder: Path
+    work: Path
+    report: Report
+    open_pipeline: Callable[[], Callable[..., Any]]
+    watcher: Watcher
+    remake: bool
+    debug: bool
+    outcomes: list[Outcome] = field(default_factory=list)
+    pipeline: Callable[..., Any] | None = None
+    line_of: dict[str, tuple[int, str]] = field(default_factory=dict)  # file without regard to case: line and key
+    done: dict[str, int] = field(default_factory=dict)  # key: first line of this run that has its clip
+
+    def line(self, number: int, job: Job | Exception, total: int) -> None:
+        try:
+            if isinstance(job, Exception):
+                raise job
+            outcome = self._clip(number, job, total)
+        except _OpeningError as error:
+            raise error.__cause__ from None
+        except Exception as error:  # whatever a line brings about, the rest goes on
+            if self.debug:
+                self.watcher.note(traceback.format_exc())
+            warnings = job.warnings if isinstance(job, Job) else ()
+            outcome = Outcome(number, FAILED, error=explain(error), warnings=warnings)
+            if is_fatal(error):
+                self._settle(outcome)
+                raise
+        self._settle(outcome)
+        if outcome.status == FAILED and self.pipeline is not None:
+            _free_memory()  # only here, where the error no longer holds the tensors it met
+
+    def _settle(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        new_to_the_folder = outcome.status in (MADE, FAILED) or outcome.size is not None
+        if new_to_the_folder:
+            self.report.add({**outcome.record(), "time": _now()})
+        self.watcher.outcome(outcome)
+
+    def _clip(self, number: int, job: Job, total: int) -> Outcome:
+        key = job.key()
+        file = f"{job.name or f'{number:05d}-{key[:KEY_LENGTH]}'}{job.suffix}"
+        self._claim(file, number, key)
+        first = self.done.get(key)
+        known = {"line": number, "key": key, "warnings": job.warnings, "duplicate_of": first}
+        if first is not None or not self.remake:
+            there = self._there(file, key, job)
+            if there is not None:
+                self.done.setdefault(key, number)
+                return Outcome(status=SKIPPED if first is None else DUPLICATE, file=there, **known)
+            twin = self.report.find(key)
+            if twin is not None:
+                self._link(twin, file)
+                self.done.setdefault(key, number)
+                return Outcome(status=DUPLICATE, file=file, size=self._size(file), **known)
+        return self._make(number, job, total, file, key)
+
+    def _claim(self, file: str, number: int, key: str) -> None:
+        line, other = self.line_of.setdefault(file.casefold(), (number, key))
+        if other != key:
+            raise LineError(f"The id {Path(file).stem!r} is already that of line {line}: give every clip its own.")
+
+    def _there(self, file: str, key: str, job: Job) -> str | None:
+        """The file that already holds this job's clip and needs no other name."""
+        if self.report.has(file, key):
+            return file
+        if job.name:
+            return None
+        if (self.folder / file).is_file():  # its name holds the key: the report was lost, or a kill came in between
+            return file
+        return self.report.find(key)
+
+    def _make(self, number: int, job: Job, total: int, file: str, key: str) -> Outcome:
+        if self.pipeline is None:
+            try:
+                self.pipeline = self.open_pipeline()
+            except Exception as error:
+                raise _OpeningError from error
+        self.watcher.clip(number, len(self.outcomes), total, job)
+        start = time.monotonic()
+        clip = self.pipeline(**job.request(), callback=self.watcher.step)
+        clip.save(self.work / file)
+        self._move_into_place(file)
+        self.done.setdefault(key, number)
+        warnings = (*job.warnings, *(w for w in getattr(clip, "warnings", ()) if w not in job.warnings))
+        took = round(time.monotonic() - start, 3)
+        return Outcome(number, MADE, file, key, self._size(file), took, warnings=warnings)
+
+    def _move_into_place(self, file: str) -> None:
+        with (self.work / file).open("rb") as whole:
+            os.fsync(whole.fileno())
+        os.replace(self.work / file, self.folder / file)
+
+    def _link(self, existing: str, file: str) -> None:
+        part = self.work / file
+        part.unlink(missing_ok=True)
+        try:
+            os.link(self.folder / existing, part)
+        except OSError:
+            shutil.copy2(self.folder / existing, part)
+        self._move_into_place(file)
+
+    def _size(self, file: str) -> int:
+        return (self.folder / file).stat().st_size
+
+
+class _OpeningError(Exception):
+    """The models could not be loaded, which is no line's fault."""
+
+
+def _free_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keeps a second batch out of the folder for as long as this process lives."""
+    try:
+        import fcntl
+    except ImportError:  # a system without them
+        yield
+        return
+    with (folder / LOCK).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BlockingIOError(
+                f"Another batch is at work in {folder}: wait for it, or give another --out."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _work_folder(folder: Path) -> Iterator[Path]:
+    """Where clips are written before they are whole; what a killed run left there goes first."""
+    work = folder / UNFINISHED
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_summary(folder: Path, source: Path, total: int, result: BatchResult) -> None:
+    summary = {
+        "source": str(source),
+        "finished": _now(),
+        "interrupted": result.interrupted,
+        "lines": total,
+        "counts": dict(result.counts),
+        "clips": [outcome.record() for outcome in result.outcomes],
+    }
+    part = folder / f".{SUMMARY}.part"
+    part.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8", errors="backslashreplace")
+    os.replace(part, folder / SUMMARY)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,139 @@
+"""`nava inspect` and `nava convert`: model files looked at, and a backbone written in another type."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .options import Command, UsageError
+from .progress import Progress
+
+MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".gguf")
+
+INSPECT = """Says of every FILE what it is (by its content, not its name), whether NAVA would load it, and how much
+memory its weights take. Only headers are read. Of a folder, the model files in it are looked at."""
+
+INSPECT_EXAMPLES = """examples:
+  nava inspect NAVA.safetensors
+  nava inspect models/ --json"""
+
+CONVERT = """Writes a NAVA backbone in another type, tensor by tensor, in the layout of the released files. TARGET is
+there when it is whole, or not at all. fp8: float8 with a scale a row for the blocks' matrices, bf16 for the rest."""
+
+CONVERT_EXAMPLES = """examples:
+  nava convert NAVA.safetensors NAVA_fp8.safetensors
+  nava convert last.ckpt NAVA_bf16.safetensors --dtype bf16"""
+
+
+def add_inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="model files or folders")
+    parser.add_argument("--json", action="store_true", help="one JSON object a file")
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    paths = [path for given in args.files for path in _model_files(given)]
+    findings = [_finding(path) for path in paths]
+    for finding in findings:
+        print(json.dumps(finding, ensure_ascii=False) if args.json else _as_text(finding))
+    total = sum(finding["memory_bytes"] for finding in findings if finding["loads"])
+    if len(findings) > 1 and not args.json:
+        from ..checkpoint import format_bytes
+
+        print(f"\nAll that would load takes {format_bytes(total)} of memory, not all of it at the same time.")
+    return 0 if all(finding["loads"] for finding in findings) else 1
+
+
+def _model_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise UsageError(f"There is no {path}: give a model file or a folder with some.")
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in MODEL_SUFFIXES and file.is_file())
+    if not found:
+        raise UsageError(f"There is no model file in {path} ({', '.join(MODEL_SUFFIXES)}).")
+    return found
+
+
+def _finding(path: Path) -> dict[str, Any]:
+    from ..checkpoint import describe_file, estimate_memory
+
+    info = describe_file(path)
+    problem = _problem(info)
+    finding = {
+        "file": str(path),
+        "kind": info.kind.value,
+        "summary": info.summary,
+        "size_bytes": info.size,
+        "loads": problem is None,
+        "problem": problem,
+        "memory_bytes": estimate_memory(info) if info.is_readable else 0,
+    }
+    if info.is_backbone and problem is None:
+        import torch
+
+        finding["memory_bytes_bf16"] = estimate_memory(info, torch.bfloat16)
+        finding["memory_bytes_fp8"] = estimate_memory(info, torch.float8_e4m3fn)
+    return finding
+
+
+def _problem(info: Any) -> str | None:
+    """Why NAVA would not load the file, None where it would."""
+    from ..checkpoint import FileKind, backbone_problem, explain_wrong_file
+    from ..prompt.umt5 import UMT5Config, from_makers_names
+
+    if info.is_backbone:
+        return backbone_problem(info)
+    if info.kind in (FileKind.UMT5, FileKind.UMT5_ORIGINAL):
+        shapes = {name: tensor.shape for name, tensor in info.model_tensors.items()}
+        try:
+            UMT5Config.from_shapes(from_makers_names(shapes) if info.kind is FileKind.UMT5_ORIGINAL else shapes)
+        except ValueError as error:
+            return str(error)
+        return None
+    if info.kind in (FileKind.WAN22_VAE, FileKind.LTX_AUDIO_VAE, FileKind.REDIMNET, FileKind.TAE):
+        return None
+    return explain_wrong_file(info, "a file of NAVA's (backbone, umt5, Wan2.2 VAE, LTX audio VAE, ReDimNet)")
+
+
+def _as_text(finding: dict[str, Any]) -> str:
+    from ..checkpoint import format_bytes
+
+    lines = [finding["summary"]]
+    if not finding["loads"]:
+        lines.append(f"  would not load: {finding['problem']}")
+        return "\n".join(lines)
+    memory = format_bytes(finding["memory_bytes"])
+    if "memory_bytes_fp8" in finding:
+        memory += f" (bf16 {format_bytes(finding['memory_bytes_bf16'])}"
+        memory += f", fp8 {format_bytes(finding['memory_bytes_fp8'])})"
+    lines.append(f"  would load, its weights in {memory} of memory")
+    return "\n".join(lines)
+
+
+def add_convert_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a NAVA backbone, .safetensors or .ckpt")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="the .safetensors to write")
+    parser.add_argument("--dtype", default="fp8", choices=["fp8", "bf16", "fp16", "fp32"], help="its type (fp8)")
+    parser.add_argument("--overwrite", action="store_true", help="replace TARGET where it is there")
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from ..convert import convert
+
+    progress = Progress()
+    progress.begin(f"Converting {args.source.name} to {args.dtype}", unit="%")
+    try:
+        info = convert(args.source, args.target, dtype=args.dtype, overwrite=args.overwrite, progress=progress.step)
+    finally:
+        progress.end()
+    progress.say(info.summary)
+    print(args.target)
+    return 0
+
+
+COMMANDS = [
+    Command("inspect", "say what model files are", INSPECT, INSPECT_EXAMPLES, add_inspect_options, run_inspect),
+    Command("convert", "write a backbone in another type", CONVERT, CONVERT_EXAMPLES, add_convert_options, run_convert),
+]

@@ -1,0 +1,145 @@
+"""`nava generate`: one clip."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from .options import (
+    Command,
+    UsageError,
+    add_clip_options,
+    add_model_options,
+    defaults_of,
+    model_files,
+    pipeline_opener,
+    writable_folder,
+)
+from .progress import Progress
+
+DESCRIPTION = """One clip: an MP4 with picture and sound, an MP4 without sound (--video-only) or a 48 kHz WAV
+(--audio-only). Speech is written into the prompt as <S>words<E>. The clip's path goes to stdout, all else to stderr."""
+
+EXAMPLES = """examples:
+  nava generate "A lighthouse at dusk, waves, gulls." --models models --out lighthouse.mp4
+  nava generate "She smiles and says <S>Good morning!<E>" --models models --image her.png --voice her.wav
+  nava generate "A man asks <S>Ready?<E>, a woman answers <S>Ready.<E>" --models models \\
+       --voice 1=man.wav --voice 2=woman.wav --seconds 8 --size portrait --seed 7
+  nava generate "A radio voice says <S>It is eight o'clock.<E>" --models models --audio-only --seconds 4"""
+
+BOUND = re.compile(r"(\d+(?:,\d+)*)=(.+)", re.DOTALL)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", help="the prompt; - reads it from stdin")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a UTF-8 text file")
+    parser.add_argument("--image", metavar="FILE", help="the first frame")
+    parser.add_argument(
+        "--voice",
+        action="append",
+        default=[],
+        metavar="[SPAN=]FILE",
+        help="a reference voice, as often as needed: one for all speech spans, one for each in their order, or bound "
+        'to spans counted from 1 ("2=her.wav", "1,3=him.wav"); a name that begins like that is written "./1=x.wav"',
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the file to write, .mp4 or .wav (default: a new nava_SEED.mp4 here)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace --out where it is there")
+    add_clip_options(parser)
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    job = _job(args)
+    target = _target(args, job.suffix)
+    files = model_files(args)
+    progress = Progress()
+    pipeline = pipeline_opener(args, files, progress.say)()
+    progress.begin("Denoising")
+    try:
+        clip = pipeline(**job.request(), callback=progress.step)
+    finally:
+        progress.end()
+    clip.save(target)
+    for line in report_lines(clip):
+        progress.say(line)
+    print(target)
+    return 0
+
+
+def _job(args: argparse.Namespace) -> Any:
+    from ..jobs import existing_file, make_job
+
+    defaults = defaults_of(args)
+    prompt = _prompt(args)
+    here = Path.cwd()
+    try:
+        voices, bindings = _voices(args.voice)
+        return make_job(
+            prompt,
+            defaults=defaults,
+            image=None if args.image is None else existing_file(args.image, here, "image"),
+            voices=[existing_file(voice, here, "voice") for voice in voices],
+            bindings=bindings,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise UsageError("Give the prompt, or --prompt-file FILE, and not both.")
+    try:
+        if args.prompt_file is not None:
+            return args.prompt_file.read_text(encoding="utf-8-sig").strip()
+        return sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError:
+        raise UsageError(f"{args.prompt_file or 'stdin'} is not UTF-8 text: save it as UTF-8.") from None
+    except OSError as error:
+        raise UsageError(f"--prompt-file: {args.prompt_file}: {error.strerror}.") from None
+
+
+def _voices(given: list[str]) -> tuple[list[str], dict[int, int] | None]:
+    """The voices' paths and, where they are bound, {span: voice}, both counted from 0."""
+    found = [BOUND.fullmatch(text) for text in given]
+    if not any(found):
+        return given, None
+    if not all(found):
+        raise UsageError("--voice: bind every voice to its spans (1=FILE), or none.")
+    bindings: dict[int, int] = {}
+    for index, match in enumerate(found):
+        for number in match[1].split(","):
+            if int(number) - 1 in bindings:
+                raise UsageError(f"--voice: span {number} has two voices; a span has one.")
+            bindings[int(number) - 1] = index
+    return [match[2] for match in found], bindings
+
+
+def _target(args: argparse.Namespace, suffix: str) -> Path:
+    if args.out is None:
+        folder = writable_folder(Path.cwd())
+        names = (f"nava_{args.seed}{count}{suffix}" for count in ("", *(f"_{n}" for n in range(2, 100_000))))
+        return next(folder / name for name in names if not (folder / name).exists())
+    target = Path(os.path.abspath(args.out))
+    if target.is_dir():
+        raise UsageError(f"--out: {target} is a folder: give the file to write in it.")
+    if target.suffix.lower() != suffix:
+        raise UsageError(f"--out: this clip is written as {suffix}: name it {target.stem}{suffix}.")
+    if target.exists() and not args.overwrite:
+        raise UsageError(f"--out: {target} is already there: give another name, or --overwrite.")
+    writable_folder(target.parent).mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def report_lines(clip: Any) -> list[str]:
+    """What the pipeline reports of a clip, a line each."""
+    report = getattr(clip, "report", None)
+    return [line for line in str(report).splitlines() if line.strip()] if report else []
+
+
+COMMANDS = [Command("generate", "make one clip", DESCRIPTION, EXAMPLES, add_options, run)]

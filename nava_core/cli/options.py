@@ -1,0 +1,242 @@
+"""Options that commands share: which models, how a clip is made; and their values as the core takes them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MODEL_ROLES = {
+    "backbone": "NAVA backbone (NAVA.safetensors, NAVA_fp8.safetensors)",
+    "text_encoder": "umt5 text encoder",
+    "video_vae": "Wan2.2 video VAE",
+    "audio_vae": "LTX audio VAE with its vocoder",
+    "speaker_encoder": "ReDimNet speaker encoder, for reference voices",
+    "tokenizer": "tokenizer folder, where the text encoder's file has none in it",
+}
+NEEDED_ROLES = ("backbone", "text_encoder", "video_vae", "audio_vae")
+SIZES = {"landscape": (1280, 704), "portrait": (704, 1280), "square": (960, 960)}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn"}
+SCALES = {
+    "video_text": "how closely the picture follows the prompt (3)",
+    "video_align": "how closely the picture follows the sound (3)",
+    "audio_text": "how closely the sound follows the prompt (2)",
+    "audio_align": "how closely the sound follows the picture (2)",
+    "audio_timbre": "how closely speech follows the reference voices (3)",
+}
+SIZE = re.compile(r"(\d{1,5})[xX×](\d{1,5})")
+
+
+class Command(NamedTuple):
+    """A subcommand: its texts, what adds its options, and what runs it and returns the exit code."""
+
+    name: str
+    help: str
+    description: str
+    examples: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+class UsageError(ValueError):
+    """The command line is wrong, or names what is not there; the message is the sentence to show."""
+
+
+# --- types of arguments ------------------------------------------------------------------------------------------
+
+
+def size(text: str) -> tuple[int, int]:
+    if text in SIZES:
+        return SIZES[text]
+    found = SIZE.fullmatch(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give WIDTHxHEIGHT or one of {', '.join(SIZES)}")
+    return int(found[1]), int(found[2])
+
+
+def positive(text: str) -> float:
+    value = _number(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"it must be above 0, got {text}")
+    return value
+
+
+def scale(text: str) -> float:
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"a scale is 0 or more, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
+
+
+def whole_number(lowest: int, highest: int):
+    def check(text: str) -> int:
+        if not re.fullmatch(r"\d{1,20}", text) or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"it must be a whole number from {lowest} to {highest}, got {text!r}")
+        return int(text)
+
+    return check
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models")
+    group.add_argument(
+        "--models",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with the model files, looked through and told apart by content (ComfyUI's models folder works)",
+    )
+    for role, what in MODEL_ROLES.items():
+        metavar = "FOLDER" if role == "tokenizer" else "FILE"
+        group.add_argument(f"--{role.replace('_', '-')}", type=Path, metavar=metavar, help=what)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: auto)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="type of the backbone's weights; auto: as in the file",
+    )
+
+
+def model_files(args: argparse.Namespace) -> Any:
+    """``ModelFiles`` from --models and the single files, which come before it."""
+    from ..pipeline import ModelFiles, find_model_files
+
+    options = {role: f"--{role.replace('_', '-')}" for role in MODEL_ROLES}
+    given = {role: getattr(args, role) for role in MODEL_ROLES if getattr(args, role) is not None}
+    for role, path in given.items():
+        if not path.exists():
+            raise UsageError(f"{options[role]}: there is no {path}.")
+    missing = [role for role in NEEDED_ROLES if role not in given]
+    if args.models is None:
+        if missing:
+            needed = ", ".join(options[role] for role in missing)
+            raise UsageError(f"Say where the models are: --models FOLDER, or the single files {needed}.")
+        return ModelFiles(**given)
+    if not args.models.is_dir():
+        raise UsageError(f"--models: there is no folder {args.models}.")
+    try:
+        return find_model_files(args.models, **given)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"--models: {error} Single files are given with {', '.join(options.values())}.") from None
+
+
+def model_names(files: Any) -> dict[str, str]:
+    """The files' names and sizes by role, for a report."""
+    names = {}
+    for role in MODEL_ROLES:
+        path = getattr(files, role, None)
+        if path is not None:
+            path = Path(path)
+            names[role] = f"{path.name} ({path.stat().st_size} bytes)" if path.is_file() else path.name
+    return names
+
+
+def pipeline_opener(
+    args: argparse.Namespace, files: Any, say: Callable[[str], None] | None, *, keep_loaded: bool = False
+) -> Callable[[], Callable[..., Any]]:
+    """A function that opens the pipeline with the command's device and type."""
+    from ..pipeline import NavaPipeline
+
+    opener = args.open_pipeline or NavaPipeline.from_files
+    device, dtype = device_of(args), dtype_of(args)
+    return lambda: opener(files, device=device, dtype=dtype, say=say, keep_loaded=keep_loaded)
+
+
+def device_of(args: argparse.Namespace) -> str | None:
+    """None for the pipeline's own choice. Raises UsageError for a device this machine or torch has not."""
+    import torch
+
+    if args.device == "auto":
+        return None
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise UsageError(f"--device: {args.device!r} is no device: use auto, cpu, cuda, cuda:1 or mps.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device: there is no {args.device} here (this torch sees {torch.cuda.device_count()} GPUs): "
+            "use another device, or a torch build for your GPU."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device: there is no mps here: use cpu.")
+    return str(device)
+
+
+def dtype_of(args: argparse.Namespace) -> Any:
+    import torch
+
+    return None if args.dtype == "auto" else getattr(torch, DTYPES[args.dtype])
+
+
+# --- how a clip is made ------------------------------------------------------------------------------------------
+
+
+def add_clip_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("clip")
+    group.add_argument("--seconds", type=positive, default=6.0, help="length; the model was trained to 10 (default: 6)")
+    group.add_argument(
+        "--size",
+        type=size,
+        metavar="WxH",
+        help=f"WIDTHxHEIGHT in multiples of 16, or {', '.join(SIZES)} (default: landscape, 1280x704; "
+        "with a first frame the trained size nearest to its proportions)",
+    )
+    mode = group.add_mutually_exclusive_group()
+    mode.add_argument("--mode", choices=["video+audio", "audio", "video"], help="what the clip has (video+audio)")
+    mode.add_argument("--audio-only", dest="mode", action="store_const", const="audio", help="sound alone, a .wav")
+    mode.add_argument("--video-only", dest="mode", action="store_const", const="video", help="picture alone")
+    group.add_argument("--negative", default="", help='what to stay away from; "default" for the built-in words')
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0, help="the noise it starts from (0)")
+    sampling.add_argument("--steps", type=whole_number(1, 1000), default=50, help="denoising steps (50)")
+    sampling.add_argument("--shift", type=positive, default=5.0, help="more of the schedule at high noise (5)")
+    for name, what in SCALES.items():
+        sampling.add_argument(f"--{name.replace('_', '-')}", type=scale, metavar="SCALE", help=what)
+    sampling.add_argument(
+        "--no-alignment", action="store_true", help="do not set picture and sound against each other: a pass less"
+    )
+
+
+def defaults_of(args: argparse.Namespace) -> Any:
+    """``Defaults`` of the command's options; the size is checked. Raises UsageError."""
+    from ..geometry import ClipGeometry
+    from ..jobs import Defaults
+
+    mode = args.mode or "video+audio"
+    scales = {name: getattr(args, name) for name in SCALES if getattr(args, name) is not None}
+    if args.no_alignment:
+        scales["alignment"] = False
+    try:
+        if args.size is not None:
+            ClipGeometry(args.seconds, *args.size)
+    except ValueError as error:
+        raise UsageError(f"--size: {error}") from None
+    return Defaults(args.seconds, args.size, mode, args.seed, args.steps, args.shift, args.negative, scales)
+
+
+def writable_folder(path: Path) -> Path:
+    """An absolute folder that files can be made in, itself or its nearest parent being there. Raises UsageError."""
+    path = Path(os.path.abspath(path))
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir():
+        raise UsageError(f"--out: {there} is a file, not a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--out: {there} cannot be written to.")
+    return path

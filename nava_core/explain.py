@@ -1,0 +1,34 @@
+"""Any error as one sentence for the person at the terminal."""
+
+from __future__ import annotations
+
+import errno
+
+MAX_LENGTH = 600
+OWN_WORDS = (ValueError, RuntimeError, ArithmeticError, FileNotFoundError, FileExistsError)
+FATAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+
+
+def explain(error: BaseException) -> str:
+    """One line that says what was wrong: the error's own sentence where it has one, else its type and what it says."""
+    if "OutOfMemory" in type(error).__name__:
+        return (
+            "The GPU has too little free memory for this clip: make it smaller or shorter, use fp8 weights "
+            "(--dtype fp8), or free the memory other programs hold."
+        )
+    if isinstance(error, MemoryError):
+        return "The machine has too little free memory for this clip: make it smaller or shorter, or use --dtype bf16."
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"The Python package {package} is not installed: run `pip install .[standalone]` in the pack's folder."
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    elif not text or not isinstance(error, (*OWN_WORDS, OSError, ImportError)):
+        text = f"{type(error).__name__}: {text}" if text else f"{type(error).__name__} without a message."
+    return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 3]}..."
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether no later clip could be written either: a full or read-only disk."""
+    return isinstance(error, OSError) and error.errno in FATAL_ERRNOS

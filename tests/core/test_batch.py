@@ -1,0 +1,442 @@
+"""Batches: good, bad, double, foreign and half-written lines, kills and second runs."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nava_core.batch import Watcher, check_batch, run_batch
+from nava_core.jobs import MAX_LINE, Defaults, LineError, parse_line
+
+FAKE = Path(__file__).with_name("_fake_pipeline.py")
+spec = importlib.util.spec_from_file_location("_fake_pipeline", FAKE)
+fake = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fake)
+FAST = Defaults(steps=2)
+SPEECH = "He says <S>Yes.<E> She says <S>No.<E>"
+
+
+@pytest.fixture
+def pipeline():
+    return fake.FakePipeline()
+
+
+def write(folder, *lines, name="clips.jsonl", encoding="utf-8"):
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
+    path = folder / name
+    path.write_bytes((text + "\n").encode(encoding))
+    return path
+
+
+def run(source, out, pipeline, **options):
+    return run_batch(source, out, lambda: pipeline, FAST, **options)
+
+
+def statuses(result):
+    return [outcome.status for outcome in result.outcomes]
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "report.jsonl").read_text().splitlines()]
+
+
+def clips(out):
+    return sorted(path.name for path in out.iterdir() if path.suffix in (".mp4", ".wav"))
+
+
+def parse(tmp_path, **line):
+    return parse_line(json.dumps(line).encode(), tmp_path, FAST)
+
+
+# --- lines -------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_says_everything(tmp_path):
+    for name in ("a.png", "one.wav", "two.wav"):
+        (tmp_path / name).write_bytes(name.encode())
+    job = parse(
+        tmp_path, prompt=SPEECH, image_path="a.png", spk_wavs=["one.wav", str(tmp_path / "two.wav")],
+        seconds=2.5, seed=2**63, width=320, height=192, negative="blur", steps=7, id="Szene 1 é",
+    )  # fmt: skip
+    request = job.request()
+    assert request["prompt"] == SPEECH
+    assert request["image"] == tmp_path / "a.png"
+    assert request["voices"] == (tmp_path / "one.wav", tmp_path / "two.wav")
+    assert request["assignment"] is None
+    assert (request["seconds"], request["seed"], request["steps"]) == (2.5, 2**63, 7)
+    assert (request["width"], request["height"], request["size_from_image"]) == (320, 192, False)
+    assert (request["mode"], request["negative"], job.name, job.suffix) == ("video+audio", "blur", "Szene 1 é", ".mp4")
+    assert job.warnings == ()
+
+
+def test_what_a_line_leaves_out_comes_from_the_defaults(tmp_path):
+    (tmp_path / "a.png").touch()
+    defaults = Defaults(seconds=3, seed=5, steps=9, negative="default", scales={"video_text": 4.0})
+    job = parse_line(b'{"prompt": "A bell.", "audio_only": true, "seed": null}', tmp_path, defaults)
+    assert (job.seconds, job.seed, job.steps, job.mode, job.suffix) == (3, 5, 9, "audio", ".wav")
+    assert "speech" in job.negative or len(job.negative) > 10
+    assert job.guidance.video_text == 4.0
+    with_image = parse(tmp_path, prompt="A bell.", image_path="a.png")
+    assert with_image.size_from_image
+    assert with_image.guidance is None
+
+
+def test_voices_are_bound_to_spans(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / name).write_bytes(name.encode())
+    one = parse(tmp_path, prompt=SPEECH, spk_wavs="a.wav")
+    assert (len(one.voices), one.assignment) == (1, None)
+    second = parse(tmp_path, prompt=SPEECH, spk_wavs=[None, "b.wav"])
+    assert (second.voices, second.assignment) == ((tmp_path / "b.wav",), (None, 0))
+    twice = parse(tmp_path, prompt=SPEECH + "<S>Why?<E>", spk_wavs=["a.wav", "b.wav", "a.wav"])
+    assert (len(twice.voices), twice.assignment) == (2, (0, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({}, "no prompt"),
+        ({"prompt": "  "}, "empty"),
+        ({"prompt": 7}, "prompt must be text"),
+        ({"prompt": "half \ud800"}, "surrogate"),
+        ({"prompt": "a <S>b"}, "span"),
+        ({"prompt": "a", "seconds": "6"}, "seconds must be a number"),
+        ({"prompt": "a", "seconds": -1}, "seconds must be a number above 0"),
+        ({"prompt": "a", "seconds": 600}, "too long"),
+        ({"prompt": "a", "seed": 1.5}, "seed must be a whole number"),
+        ({"prompt": "a", "seed": True}, "seed must be a whole number"),
+        ({"prompt": "a", "steps": 0}, "steps must be a whole number from 1"),
+        ({"prompt": "a", "width": 640}, "width and height together"),
+        ({"prompt": "a", "width": 641, "height": 352}, "multiple of 16"),
+        ({"prompt": "a", "audio_only": "yes"}, "audio_only must be true or false"),
+        ({"prompt": "a", "audio_only": True, "video_only": True}, "exclude"),
+        ({"prompt": "a", "image_path": "gone.png"}, "no image"),
+        ({"prompt": "a", "image_path": "https://example.org/a.png"}, "address"),
+        ({"prompt": "a", "image_path": "file:///etc/hosts"}, "address"),
+        ({"prompt": "a", "image_path": "."}, "folder"),
+        ({"prompt": "a", "image_path": "/dev/zero"}, "no image"),
+        ({"prompt": "a", "image_path": "here.png", "audio_only": True}, "first frame"),
+        ({"prompt": "a", "spk_wavs": ["here.png"]}, "no speech span"),
+        ({"prompt": "<S>a<E>", "spk_wavs": ["here.png", "also.png"]}, "2 voices"),
+        ({"prompt": SPEECH, "spk_wavs": [None, "here.png", "also.png"]}, "3 voices"),
+        ({"prompt": "<S>a<E>", "spk_wavs": [1]}, "spk_wavs must be a list"),
+        ({"prompt": "<S>a<E>", "spk_wavs": ["here.png"], "video_only": True}, "no voices"),
+        ({"prompt": "a", "id": "../../etc/x"}, "cannot be a file's name"),
+        ({"prompt": "a", "id": ".hidden"}, "cannot be a file's name"),
+        ({"prompt": "a", "id": "x" * 151}, "cannot be a file's name"),
+        ({"prompt": "a", "id": ""}, "cannot be a file's name"),
+    ],
+)
+def test_a_bad_line_is_one_sentence(tmp_path, line, words):
+    for name in ("here.png", "also.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        parse(tmp_path, **line)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b'{"prompt": "cut o', "cut off"),
+        (b'{"prompt": "a"', "cut off"),
+        (b"prompt: a", "not JSON"),
+        (b'["a"]', "not a JSON object"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b'{"prompt": "a", "seconds": NaN}', "NaN"),
+        (b'{"prompt": "a", "seconds": 1e999}', "above 0"),
+        (b"[" * 100_000, "not usable JSON"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "JSON"),
+    ],
+)
+def test_bad_bytes_are_one_sentence(tmp_path, raw, words):
+    with pytest.raises(LineError) as error:
+        parse_line(raw, tmp_path, FAST)
+    assert words in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_unknown_keys_are_a_warning(tmp_path):
+    job = parse(tmp_path, prompt="a", second=3, id="x", name="y")
+    assert job.warnings[0] == "The key 'second' is not known and was ignored (did you mean 'seconds'?)."
+    assert "'x'" in job.warnings[1]
+
+
+def test_the_key_follows_the_content(tmp_path):
+    image = tmp_path / "a.png"
+    image.write_bytes(b"one")
+    base = parse(tmp_path, prompt="a", image_path="a.png")
+    assert parse(tmp_path, prompt="a", image_path="./a.png", id="other", typo=1).key() == base.key()
+    others = [{"prompt": "b"}, {"seed": 1}, {"seconds": 3}, {"steps": 3}, {"width": 640, "height": 352}]
+    keys = {parse(tmp_path, **{"prompt": "a", "image_path": "a.png", **other}).key() for other in others}
+    assert len(keys | {base.key()}) == len(others) + 1
+    before = base.key()
+    image.write_bytes(b"two, another picture of the same name")
+    assert base.key() not in {*keys, before}
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_good_bad_and_double_lines(tmp_path, pipeline):
+    (tmp_path / "v.wav").touch()
+    source = write(
+        tmp_path,
+        {"prompt": "one", "id": "Größe 漢字"},
+        "{broken",
+        {"prompt": "two", "typo": 1},
+        {"prompt": "one"},
+        "",
+        {"prompt": "one", "id": "again"},
+        {"prompt": "BOOM"},
+        {"prompt": "three", "id": "Größe 漢字"},
+        {"prompt": "Say <S>so<E>", "spk_wavs": ["v.wav"], "audio_only": True},
+    )
+    out = tmp_path / "out"
+    result = run(source, out, pipeline)
+    assert statuses(result) == [
+        "made", "failed", "made", "duplicate", "duplicate", "failed", "failed", "made",
+    ]  # fmt: skip
+    assert [outcome.line for outcome in result.outcomes] == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert [request["prompt"] for request in pipeline.requests] == ["one", "two", "BOOM", "Say <S>so<E>"]
+    one, double, again = (result.outcomes[i] for i in (0, 3, 4))
+    assert (one.file, double.file, again.file) == ("Größe 漢字.mp4", "Größe 漢字.mp4", "again.mp4")
+    assert double.duplicate_of == again.duplicate_of == 1
+    assert (out / "again.mp4").read_bytes() == (out / "Größe 漢字.mp4").read_bytes()
+    assert [failure.error for failure in result.failures] == [
+        "The line is not JSON: Expecting property name enclosed in double quotes (character 2).",
+        "The network returned NaN at step 3.",
+        "The id 'Größe 漢字' is already that of line 1: give every clip its own.",
+    ]
+    assert len(clips(out)) == 4
+    assert clips(out)[0].startswith("00003-")
+    assert not list(out.glob(".unfinished*"))
+
+    by_line = {record["line"]: record for record in records(out) if "line" in record}
+    assert by_line[7]["status"] == "failed"
+    assert by_line[3]["warnings"] == ["The key 'typo' is not known and was ignored."]
+    assert by_line[9]["warnings"] == ["the voice is quiet"]
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert summary["counts"] == {"made": 3, "failed": 3, "duplicate": 2}
+    assert (summary["lines"], summary["interrupted"], len(summary["clips"])) == (8, False, 8)
+
+
+def test_a_second_run_makes_what_is_new(tmp_path, pipeline):
+    out = tmp_path / "out"
+    lines = [{"prompt": "one"}, {"prompt": "two", "id": "b"}, {"prompt": "BOOM"}]
+    run(write(tmp_path, *lines), out, pipeline)
+    before = {name: (out / name).stat().st_mtime_ns for name in clips(out)}
+    second = fake.FakePipeline()
+    lines = [{"prompt": "new"}, {"prompt": "one"}, {"prompt": "changed", "id": "b"}, {"prompt": "two", "id": "c"}]
+    result = run(write(tmp_path, *lines), out, second)
+    assert statuses(result) == ["made", "skipped", "made", "made"]
+    assert [request["prompt"] for request in second.requests] == ["new", "changed", "two"]
+    assert result.outcomes[1].file.startswith("00001-")  # where it stood when it was made
+    assert (out / result.outcomes[1].file).stat().st_mtime_ns == before[result.outcomes[1].file]
+    assert "changed" in (out / "b.mp4").read_text()
+
+
+def test_nothing_is_loaded_where_nothing_is_to_be_made(tmp_path, pipeline):
+    source, out = write(tmp_path, {"prompt": "one"}, {"prompt": "two", "id": "b"}), tmp_path / "out"
+    run(source, out, pipeline)
+
+    def refuse():
+        raise AssertionError("loaded")
+
+    result = run_batch(source, out, refuse, FAST)
+    assert statuses(result) == ["skipped", "skipped"]
+    assert len([record for record in records(out) if "line" in record]) == 2  # not told again
+
+
+def test_remake_makes_all_again(tmp_path, pipeline):
+    source, out = write(tmp_path, {"prompt": "one"}, {"prompt": "one"}), tmp_path / "out"
+    run(source, out, pipeline)
+    assert statuses(run(source, out, pipeline, remake=True)) == ["made", "duplicate"]
+    assert len(pipeline.requests) == 2
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_lost_or_damaged_clip_is_made_again(tmp_path, pipeline, damage):
+    source, out = write(tmp_path, {"prompt": "one", "id": "a"}), tmp_path / "out"
+    run(source, out, pipeline)
+    whole = (out / "a.mp4").read_bytes()
+    (out / "a.mp4").unlink() if damage == "gone" else (out / "a.mp4").write_bytes(whole[:5])
+    assert statuses(run(source, out, pipeline)) == ["made"]
+    assert (out / "a.mp4").read_bytes() == whole
+
+
+def test_a_half_written_report_is_read_as_far_as_it_goes(tmp_path, pipeline):
+    source, out = write(tmp_path, {"prompt": "one", "id": "a"}, {"prompt": "two", "id": "b"}), tmp_path / "out"
+    run(source, out, pipeline)
+    report = out / "report.jsonl"
+    report.write_bytes(report.read_bytes()[:-40])  # a kill in the middle of the last record
+    assert statuses(run(source, out, pipeline)) == ["skipped", "made"]
+    assert records(out)[-1]["file"] == "b.mp4"
+    assert statuses(run(source, out, pipeline)) == ["skipped", "skipped"]
+
+
+def test_unnamed_clips_are_known_without_the_report(tmp_path, pipeline):
+    source, out = write(tmp_path, {"prompt": "one"}), tmp_path / "out"
+    run(source, out, pipeline)
+    (out / "report.jsonl").unlink()
+    assert statuses(run(source, out, pipeline)) == ["skipped"]
+
+
+def test_a_report_names_no_file_elsewhere(tmp_path, pipeline):
+    source, out = write(tmp_path, {"prompt": "one"}), tmp_path / "out"
+    run(source, out, pipeline)
+    (tmp_path / "stray.mp4").write_text("x")
+    key = next(record["key"] for record in records(out) if "key" in record)
+    lie = {"status": "made", "file": "../stray.mp4", "key": key, "size": 1}
+    (out / "report.jsonl").write_text(json.dumps(lie) + "\n")
+    for clip in clips(out):
+        (out / clip).unlink()
+    assert statuses(run(source, out, pipeline)) == ["made"]
+
+
+def test_encodings(tmp_path, pipeline):
+    with_mark = write(tmp_path, {"prompt": "größer 漢字 🎬"}, encoding="utf-8-sig")
+    assert statuses(run(with_mark, tmp_path / "a", pipeline)) == ["made"]
+    assert pipeline.requests[0]["prompt"] == "größer 漢字 🎬"
+    windows = tmp_path / "windows.jsonl"
+    windows.write_bytes(b'{"prompt": "one"}\r\n\r\n{"prompt": "two"}')
+    assert statuses(run(windows, tmp_path / "b", pipeline)) == ["made", "made"]
+    latin = write(tmp_path, {"prompt": "ok"}, {"prompt": "größer"}, encoding="latin-1")
+    assert statuses(run(latin, tmp_path / "c", pipeline)) == ["made", "failed"]
+
+
+def test_a_line_too_long_is_skipped_whole(tmp_path, pipeline):
+    source = write(tmp_path, {"prompt": "x" * (MAX_LINE * 2)}, {"prompt": "one"})
+    result = run(source, tmp_path / "out", pipeline)
+    assert statuses(result) == ["failed", "made"]
+    assert [outcome.line for outcome in result.outcomes] == [1, 2]
+    assert "longer than 1 MiB" in result.failures[0].error
+
+
+def test_a_thousand_lines(tmp_path, pipeline, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    lines = [{"prompt": f"clip {n % 900}", "seed": n % 900} if n % 100 else "{bad" for n in range(1, 1001)]
+    source = write(tmp_path, *lines)
+    start = time.monotonic()
+    check = check_batch(source, FAST)
+    assert time.monotonic() - start < 5
+    assert (check.lines, len(check.problems)) == (1000, 10)
+    result = run(source, tmp_path / "out", pipeline)
+    assert dict(result.counts) == {"made": 891, "failed": 10, "duplicate": 99}
+    assert len(clips(tmp_path / "out")) == 891
+
+
+def test_a_full_disk_ends_the_batch(tmp_path, pipeline):
+    source = write(tmp_path, {"prompt": "one"}, {"prompt": "DISK"}, {"prompt": "two"})
+    with pytest.raises(OSError, match="No space left"):
+        run(source, tmp_path / "out", pipeline)
+    assert [request["prompt"] for request in pipeline.requests] == ["one", "DISK"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["counts"] == {"made": 1, "failed": 1}
+
+
+def test_models_that_do_not_load_are_no_line_s_fault(tmp_path):
+    source = write(tmp_path, {"prompt": "one"}, {"prompt": "two"})
+
+    def broken():
+        raise ValueError("NAVA.safetensors is a web page.")
+
+    with pytest.raises(ValueError, match="web page"):
+        run_batch(source, tmp_path / "out", broken, FAST)
+    assert not [record for record in records(tmp_path / "out") if "line" in record]
+
+
+def test_other_models_are_noted(tmp_path, pipeline):
+    said = []
+
+    class Notes(Watcher):
+        def note(self, text):
+            said.append(text)
+
+    source, out = write(tmp_path, {"prompt": "one"}), tmp_path / "out"
+    run(source, out, pipeline, models={"backbone": "a"}, watcher=Notes())
+    run(source, out, pipeline, models={"backbone": "a"}, watcher=Notes())
+    assert not said
+    run(source, out, pipeline, models={"backbone": "b"}, watcher=Notes())
+    assert "a -> b" in said[0]
+
+
+def test_one_batch_a_folder(tmp_path, pipeline):
+    source = write(tmp_path, {"prompt": "one"})
+
+    def second():
+        run(source, tmp_path / "out", pipeline)
+
+    with pytest.raises(BlockingIOError, match="Another batch"):
+        run_batch(source, tmp_path / "out", second, FAST)
+
+
+# --- kills -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    from nava_core.demo import make_small_models
+
+    made = make_small_models(tmp_path_factory.mktemp("models"), preview_decoder=False)
+    made["text_encoder_fp8"].unlink()
+    made["text_encoder_pth"].unlink()
+    return made["backbone"].parent
+
+
+def start(source, out, models, seconds):
+    environment = {**os.environ, "FAKE_SECONDS_A_CLIP": str(seconds), "PYTHONPATH": str(FAKE.parents[2])}
+    command = [sys.executable, str(FAKE), "batch", str(source), "--out", str(out), "--steps", "2"]
+    return subprocess.Popen(
+        [*command, "--models", str(models)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a shell's background job, as these tests may be one, hands down an ignored Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_killed_in_the_middle_and_resumed(tmp_path, models, kind, code):
+    source = write(tmp_path, *({"prompt": f"clip {n}", **({"id": f"c{n}"} if n % 2 else {})} for n in range(12)))
+    out = tmp_path / "out"
+    process = start(source, out, models, 0.15)
+    wait_for(lambda: out.is_dir() and len(clips(out)) >= 3 and list(out.glob(".unfinished/*")), process)
+    process.send_signal(kind)
+    said = process.communicate(timeout=30)[0]
+    assert process.returncode == code, said
+    first = {name: (out / name).stat().st_mtime_ns for name in clips(out)}
+    assert 3 <= len(first) < 12
+    for name in first:
+        assert json.loads((out / name).read_text())["steps"] == 2  # whole
+    if kind != signal.SIGKILL:
+        assert "Interrupted" in said
+        assert "Traceback" not in said
+        assert json.loads((out / "summary.json").read_text())["interrupted"]
+        assert not (out / ".unfinished").exists()
+
+    process = start(source, out, models, 0)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert len(clips(out)) == 12
+    assert not (out / ".unfinished").exists()
+    kept = [name for name in first if (out / name).stat().st_mtime_ns == first[name]]
+    assert len(kept) >= len(first) - 1  # a kill between the clip's place and its record costs that clip
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["counts"]["made"] + summary["counts"]["skipped"] == 12

@@ -1,0 +1,389 @@
+"""The command line: options, exit codes, one-sentence errors, and every command once with small models."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nava_core.cli import main
+from nava_core.cli.progress import Progress, format_duration
+from nava_core.demo import make_small_models
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("_fake_pipeline", Path(__file__).with_name("_fake_pipeline.py"))
+fake = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fake)
+COMMANDS = ("generate", "batch", "convert", "inspect", "demo")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with one small model of each kind."""
+    made = make_small_models(tmp_path_factory.mktemp("models"), preview_decoder=False)
+    for role in ("text_encoder_fp8", "text_encoder_pth"):
+        made[role].unlink()
+    return made["backbone"].parent
+
+
+@pytest.fixture
+def nava(models, monkeypatch, tmp_path, capsys):
+    """Runs a command in an empty folder: (exit code, stdout, stderr); ``.pipeline`` is the fake that it opened."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        def open_pipeline(files, **options):
+            run.pipeline = fake.FakePipeline(files, **options)
+            return run.pipeline
+
+        code = main([str(argument) for argument in arguments], open_pipeline=open_pipeline)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    run.pipeline = None
+    return run
+
+
+def sentence(text):
+    lines = text.strip().splitlines()
+    assert len(lines) == 1, text
+    assert "Traceback" not in text
+    return lines[0]
+
+
+# --- help and usage ----------------------------------------------------------------------------------------------
+
+
+def test_help_has_examples_and_exit_codes(nava):
+    code, out, _ = nava("--help")
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+    for command in COMMANDS:
+        code, out, _ = nava(command, "--help")
+        assert code == 0
+        assert "examples:" in out
+        assert f"nava {command}" in out.split("examples:")[1]
+        assert "exit codes: 0" in out
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from nava_core.cli import make_parser; make_parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["paint"], "invalid choice"),
+        (["generate"], "Give the prompt"),
+        (["generate", "a", "--prompt-file", "b"], "not both"),
+        (["generate", "--prompt-file", "gone.txt"], "gone.txt: No such file"),
+        (["generate", "a"], "--models FOLDER, or the single files --backbone, --text-encoder"),
+        (["generate", "a", "--models", "gone"], "no folder gone"),
+        (["generate", "a", "--backbone", "gone.safetensors"], "--backbone: there is no gone.safetensors"),
+        (["generate", "a", "--models", "."], "There is no backbone"),
+        (["generate", "a", "--size", "large"], "is no size"),
+        (["generate", "a", "--size", "650x350"], "multiple of 16"),
+        (["generate", "a", "--seconds", "0"], "above 0"),
+        (["generate", "a", "--seconds", "nan"], "is no number"),
+        (["generate", "a", "--seed", "-1"], "--seed"),
+        (["generate", "a", "--steps", "0"], "whole number from 1"),
+        (["generate", "a", "--video-text", "-2"], "--video-text"),
+        (["generate", "a", "--audio-only", "--video-only"], "not allowed with"),
+        (["generate", "  "], "prompt is empty"),
+        (["generate", "say <S>yes"], "span"),
+        (["generate", "a", "--image", "gone.png"], "no image"),
+        (["generate", "a", "--image", "https://example.org/a.png"], "address"),
+        (["generate", "<S>a<E>", "--voice", "gone.wav"], "no voice"),
+        (["generate", "a", "--out", "clip.wav"], "written as .mp4"),
+        (["generate", "a", "--out", "."], "is a folder"),
+        (["generate", "a", "--audio-only", "--out", "clip.mp4"], "written as .wav"),
+        (["batch", "gone.jsonl", "--out", "x"], "no file gone.jsonl"),
+        (["inspect", "gone"], "There is no gone"),
+        (["inspect", "."], "no model file"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence_and_code_2(nava, arguments, words):
+    code, out, err = nava(*arguments)
+    assert code == 2
+    assert out == ""
+    assert words in sentence(err)
+
+
+def test_a_device_that_is_not_there(nava, models):
+    for device, words in (("cuda:99", "there is no cuda:99 here"), ("toaster", "is no device")):
+        code, _, err = nava("generate", "a", "--models", models, "--device", device)
+        assert code == 2
+        assert words in sentence(err)
+
+
+# --- generate ----------------------------------------------------------------------------------------------------
+
+
+def test_generate_hands_everything_on(nava, models, tmp_path):
+    for name in ("her.png", "a.wav", "b.wav"):
+        (tmp_path / name).write_bytes(name.encode())
+    code, out, err = nava(
+        "generate", "He: <S>One.<E> She: <S>Two.<E> He: <S>Three.<E>", "--models", models, "--image", "her.png",
+        "--voice", "1,3=a.wav", "--voice", "2=b.wav", "--seconds", "2.5", "--size", "portrait", "--seed", "7",
+        "--steps", "3", "--shift", "4", "--video-text", "2.5", "--negative", "blur", "--dtype", "fp8",
+        "--out", "x/c.mp4",
+    )  # fmt: skip
+    assert code == 0, err
+    assert out.strip() == str(tmp_path / "x" / "c.mp4")
+    assert (tmp_path / "x" / "c.mp4").is_file()
+    (request,) = nava.pipeline.requests
+    assert (request["image"], request["size_from_image"]) == (tmp_path / "her.png", False)
+    assert request["voices"] == (tmp_path / "a.wav", tmp_path / "b.wav")
+    assert request["assignment"] == (0, 1, 0)
+    assert (request["width"], request["height"], request["seconds"]) == (704, 1280, 2.5)
+    assert (request["seed"], request["steps"], request["shift"], request["negative"]) == (7, 3, 4.0, "blur")
+    assert (request["guidance"].video_text, request["guidance"].audio_timbre) == (2.5, 2.0)  # the makers' with both
+    assert str(nava.pipeline.options["dtype"]) == "torch.float8_e4m3fn"
+    assert "step 3/3" in err
+    assert "a fake clip" in err
+
+
+def test_generate_by_default(nava, models, tmp_path):
+    (tmp_path / "a.png").touch()
+    assert nava("generate", "a", "--models", models, "--image", "a.png")[0] == 0
+    request = nava.pipeline.requests[0]
+    assert request["size_from_image"]
+    assert request["guidance"] is None
+    assert (request["steps"], request["seconds"], request["mode"]) == (50, 6.0, "video+audio")
+    again = [nava("generate", "a", "--models", models)[1].strip() for _ in range(2)]
+    assert [Path(path).name for path in again] == ["nava_0_2.mp4", "nava_0_3.mp4"]  # nothing is overwritten
+
+
+def test_generate_reads_the_prompt_from_elsewhere(nava, models, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("\ufeffEin größer Wald\n", encoding="utf-8")
+    assert nava("generate", "--prompt-file", "prompt.txt", "--models", models)[0] == 0
+    assert nava.pipeline.requests[0]["prompt"] == "Ein größer Wald"
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
+    assert nava("generate", "-", "--models", models, "--audio-only")[0] == 0
+    assert nava.pipeline.requests[0]["prompt"] == "from a pipe"
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    assert "not UTF-8" in sentence(nava("generate", "--prompt-file", "latin.txt")[2])
+
+
+def test_an_existing_file_is_kept(nava, models, tmp_path):
+    (tmp_path / "c.mp4").write_text("mine")
+    code, _, err = nava("generate", "a", "--models", models, "--out", "c.mp4")
+    assert code == 2
+    assert "already there" in sentence(err)
+    assert (tmp_path / "c.mp4").read_text() == "mine"
+    assert nava.pipeline is None  # said before anything is loaded
+    assert nava("generate", "a", "--models", models, "--out", "c.mp4", "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("voices", "words"),
+    [
+        (["1=a.wav", "a.wav"], "bind every voice"),
+        (["1=a.wav", "1=a.wav"], "span 1 has two voices"),
+        (["3=a.wav"], "bound to span 3"),
+        (["0=a.wav"], "bound to span 0"),
+        (["a.wav", "./b.wav", "c.wav"], "3 voices"),
+    ],
+)
+def test_voices_that_cannot_be_bound(nava, models, tmp_path, voices, words):
+    for name in ("a.wav", "b.wav", "c.wav"):
+        (tmp_path / name).touch()
+    given = [part for voice in voices for part in ("--voice", voice)]
+    code, _, err = nava("generate", "<S>a<E> <S>b<E>", "--models", models, *given)
+    assert code == 2
+    assert words in sentence(err)
+
+
+def test_a_failed_run_is_code_1_and_a_traceback_only_with_debug(nava, models, tmp_path):
+    code, out, err = nava("generate", "BOOM", "--models", models)
+    assert (code, out) == (1, "")
+    assert sentence(err) == "nava generate: The network returned NaN at step 3."
+    code, _, err = nava("generate", "BOOM", "--models", models, "--debug")
+    assert code == 1
+    assert "Traceback" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_is_code_130(nava, models, tmp_path):
+    code, out, err = nava("generate", "INTERRUPT", "--models", models)
+    assert (code, out) == (130, "")
+    assert "Interrupted" in sentence(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(nava, models, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nava_core.pipeline", None)
+    code, _, err = nava("generate", "a", "--models", models)
+    assert code == 1
+    assert "package" in sentence(err)
+
+
+# --- batch -------------------------------------------------------------------------------------------------------
+
+
+def test_batch_prints_a_summary(nava, models, tmp_path):
+    lines = ['{"prompt": "one"}', '{"prompt": "BOOM"}', "{bad", '{"prompt": "one"}', '{"prompt": "two", "steps": 2}']
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    code, out, err = nava("batch", "b.jsonl", "--out", "out", "--models", models, "--steps", "1")
+    assert code == 1
+    assert out.splitlines()[0].startswith("5 lines: 2 made, 1 duplicates, 2 failed, in ")
+    assert "  line 2: The network returned NaN at step 3." in out
+    assert "1 of 5 lines cannot be used:" in err
+    assert "line 3: The line is not JSON" in err
+    assert "step 1/1" in err
+    assert "Traceback" not in err
+    assert [request["steps"] for request in nava.pipeline.requests] == [1, 1, 2]
+    assert nava.pipeline.options["keep_loaded"] is True  # small models fit
+    report = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
+    assert report[0]["models"]["backbone"].startswith("NAVA_tiny.safetensors (")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one"}')
+    assert nava("batch", "b.jsonl", "--out", "out", "--models", models, "--steps", "1")[0] == 0
+
+
+def test_batch_check_makes_nothing(nava, tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"prompt": ""}\n')
+    code, out, err = nava("batch", "b.jsonl", "--check")
+    assert code == 1
+    assert out.strip() == "1 of 2 lines can be used."
+    assert "line 2: The prompt is empty" in err
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    code, _, err = nava("batch", "empty.jsonl", "--check")
+    assert code == 2
+    assert "has no lines" in sentence(err)
+    code, _, err = nava("batch", "b.jsonl")
+    assert code == 2
+    assert "--out FOLDER" in sentence(err)
+
+
+def test_batch_of_bad_lines_alone_loads_nothing(nava, tmp_path):
+    (tmp_path / "b.jsonl").write_text("{bad\n{worse\n")
+    code, out, _ = nava("batch", "b.jsonl", "--out", "out")  # no models are asked for
+    assert code == 1
+    assert "2 lines: 2 failed" in out
+    assert nava.pipeline is None
+
+
+def test_an_interrupted_batch_says_what_is_done(nava, models, tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"prompt": "INTERRUPT"}\n{"prompt": "two"}\n')
+    code, out, err = nava("batch", "b.jsonl", "--out", "out", "--models", models)
+    assert code == 130
+    assert "Not finished: 3 lines: 1 made." in out
+    assert "Interrupted" in err
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 1
+
+
+# --- inspect, convert --------------------------------------------------------------------------------------------
+
+
+def test_inspect_says_what_files_are(nava, models, tmp_path):
+    code, out, _ = nava("inspect", models)
+    assert code == 0
+    assert "NAVA_tiny.safetensors is a NAVA backbone" in out
+    assert "would load, its weights in" in out
+    assert "fp8" in out
+    assert "is the Wan2.2 video VAE" in out
+    page = tmp_path / "NAVA.safetensors"
+    page.write_text("<!DOCTYPE html><title>Login</title>")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((models / "NAVA_tiny.safetensors").read_bytes()[:100_000])
+    code, out, _ = nava("inspect", page, cut, models / "NAVA_tiny.safetensors", "--json")
+    assert code == 1
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [f["loads"] for f in found] == [False, False, True]
+    assert "web page" in found[0]["problem"]
+    assert "incomplete" in found[1]["problem"]
+    assert found[2]["memory_bytes"] > found[2]["memory_bytes_bf16"] > found[2]["memory_bytes_fp8"] > 0
+    assert found[2]["memory_bytes"] == pytest.approx(found[2]["size_bytes"], rel=0.05)  # fp32 as in the file
+
+
+def test_convert(nava, models, tmp_path):
+    source = models / "NAVA_tiny.safetensors"
+    code, out, err = nava("convert", source, "fp8.safetensors")
+    assert (code, out.strip()) == (0, "fp8.safetensors")
+    assert "a NAVA backbone in fp8" in err
+    assert (tmp_path / "fp8.safetensors").stat().st_size < source.stat().st_size
+    code, _, err = nava("convert", source, "fp8.safetensors", "--dtype", "bf16")
+    assert code == 1
+    assert "already there" in err.splitlines()[-1]
+    assert nava("convert", source, "fp8.safetensors", "--dtype", "bf16", "--overwrite")[0] == 0
+    code, _, err = nava("convert", models / "wan2.2_vae_tiny.safetensors", "x.safetensors")
+    assert code == 1
+    assert "is the Wan2.2 video VAE" in err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+# --- progress ----------------------------------------------------------------------------------------------------
+
+
+def test_durations():
+    assert [format_duration(s) for s in (0.4, 59.4, 125, 12_000)] == ["0 s", "59 s", "2 min 05 s", "3 h 20 min"]
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then():
+    stream, now = io.StringIO(), iter(range(0, 1000, 2))
+    progress = Progress(stream, clock=lambda: next(now))
+    progress.begin("Denoising")
+    for step in range(1, 11):
+        progress.step(step, 10, None, None)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "Denoising: step 1/10, 10 %"
+    assert lines[1] == "Denoising: step 4/10, 40 %, 2.00 s/step, 12 s left"
+    assert lines[-1].startswith("Denoising: step 10/10, 100 %")
+    assert len(lines) == 4
+    assert "\r" not in stream.getvalue()
+
+
+def test_progress_on_a_terminal_is_one_line():
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    progress = Progress(stream, clock=iter(range(100)).__next__)
+    for step in (1, 2):
+        progress.step(step, 2)
+    progress.say("done")
+    assert stream.getvalue().count("\r\x1b[K") == 3
+    assert stream.getvalue().endswith("\r\x1b[Kdone\n")
+
+
+# --- for real ----------------------------------------------------------------------------------------------------
+
+
+def test_demo_and_batch_for_real(tmp_path):
+    """The real pipeline with small models, as a person starts it."""
+    pytest.importorskip("diffusers")
+    av = pytest.importorskip("av")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def nava(*arguments):
+        command = [sys.executable, "-m", "nava_core", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    done = nava("demo", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    clip = Path(done.stdout.strip())
+    assert clip == tmp_path / "nava-demo" / "clip.mp4"
+    with av.open(str(clip)) as container:
+        assert container.streams.video[0].frames == 25
+        assert container.streams.audio[0].rate == 48000
+    assert "nava_core generate" in done.stderr
+
+    lines = [
+        {"prompt": "A bell.", "audio_only": True, "id": "bell"},
+        {"prompt": "A bell.", "image_path": "gone.png"},
+        {"prompt": "Waves.", "width": 64, "height": 64, "video_only": True},
+    ]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = ("--models", "nava-demo/models", "--seconds", "0.5", "--steps", "2", "--device", "cpu")
+    done = nava("batch", "b.jsonl", "--out", "clips", *options)
+    assert done.returncode == 1, done.stderr
+    assert "3 lines: 2 made, 1 failed" in done.stdout
+    assert (tmp_path / "clips" / "bell.wav").stat().st_size == 44 + 24_000 * 2 * 3
+    (picture,) = (tmp_path / "clips").glob("00003-*.mp4")
+    with av.open(str(picture)) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
