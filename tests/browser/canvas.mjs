@@ -1,0 +1,155 @@
+// Opens workflows in ComfyUI's real canvas, in Chromium, and says what it saw there, as JSON on standard output.
+//
+//     node canvas.mjs JOB.json
+//
+// JOB: {playwright: path of playwright-core, chromium: its executable, url: the server,
+//       workflows: [{name, graph, vue, run}], small: {node class: {widget: value}}, files: {workflow: {class: {...}}}}.
+// With `vue`, nodes are drawn as DOM elements ("Nodes 2.0") and not on the canvas. With `run`, the workflow is queued
+// after the values in `small` and `files` were put into its widgets.
+
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+
+const job = JSON.parse(readFileSync(process.argv[2], "utf8"));
+const { chromium } = createRequire(import.meta.url)(job.playwright);
+const FLAGS = [
+  "--headless",
+  "--no-sandbox",
+  "--disable-gpu",
+  "--disable-quic",
+  "--no-first-run",
+  "--disable-background-networking",
+  "--disable-component-update",
+  "--disable-sync",
+];
+const START_MS = 120_000;
+const RUN_MS = 180_000;
+const REFUSED_POLLS = 12; // polls with nothing queued and nothing done: the server did not take the prompt
+
+async function openCanvas(page, vue) {
+  await page.goto(job.url);
+  await page.waitForFunction(() => window.app?.graph && window.LiteGraph?.registered_node_types?.NavaSampler, null, {
+    timeout: START_MS,
+  });
+  await page.evaluate(
+    (on) => window.app.ui.settings.setSettingValueAsync("Comfy.VueNodes.Enabled", on),
+    Boolean(vue),
+  );
+  await page.waitForTimeout(1000); // the page's own default graph comes a moment later
+}
+
+// Loads a graph, lets the canvas settle, and reports what a person would see.
+async function load(page, graph) {
+  await page.evaluate((given) => window.app.loadGraphData(given, true, true), graph);
+  await page.waitForTimeout(1000);
+  return page.evaluate(async () => {
+    const { app, LiteGraph } = window;
+    const nodes = app.graph._nodes;
+    const missing = nodes.filter((node) => !LiteGraph.registered_node_types[node.type]).map((node) => node.type);
+    const dialogs = [...document.querySelectorAll("[role=dialog]")].map((dialog) => dialog.innerText.slice(0, 300));
+    return { missing, dialogs, prompt: (await app.graphToPrompt()).output, count: nodes.length };
+  });
+}
+
+// Overlapping nodes and crossing links, from the sizes and places that the canvas really gives them.
+function drawing() {
+  const graph = window.app.graph;
+  const box = ({ boundingRect: [x, y, w, h] }) => [x, y, x + w, y + h];
+  const nodes = graph._nodes.map((node) => ({ node, box: box(node), title: `${node.title} (${node.id})` }));
+  const pairs = (list) => list.flatMap((a, i) => list.slice(i + 1).map((b) => [a, b]));
+  const overlaps = pairs(nodes)
+    .filter(([{ box: a }, { box: b }]) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3])
+    .map(([a, b]) => `${a.title} and ${b.title}`);
+
+  const distance = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1]);
+  const curve = (a, c, d, b) =>
+    Array.from({ length: 61 }, (_, i) => {
+      const t = i / 60;
+      const s = 1 - t;
+      return [0, 1].map((k) => s ** 3 * a[k] + 3 * s * s * t * c[k] + 3 * s * t * t * d[k] + t ** 3 * b[k]);
+    });
+  // A link leaves to the right, enters from the left, and bends through its reroute points.
+  const path = (link) => {
+    const start = [...graph.getNodeById(link.origin_id).getOutputPos(link.origin_slot)];
+    const end = [...graph.getNodeById(link.target_id).getInputPos(link.target_slot)];
+    const stops = [];
+    for (let id = link.parentId; id != null; id = stops[0].parentId) stops.unshift(graph.reroutes.get(id));
+    const points = [];
+    let from = start;
+    let leave = null;
+    stops.forEach((stop, i) => {
+      const to = [...stop.pos];
+      const next = stops[i + 1]?.pos ?? end;
+      const out = leave ?? [from[0] + distance(from, to) / 4, from[1]];
+      const bend = stop.controlPoint ?? [0, 0];
+      points.push(...curve(from, out, [to[0] + bend[0], to[1] + bend[1]], to));
+      const reach = Math.min(80, distance(to, next) / 4);
+      leave = [to[0] + reach * stop.cos, to[1] + reach * stop.sin];
+      from = to;
+    });
+    const far = distance(from, end) / 4;
+    return [...points, ...curve(from, leave ?? [from[0] + far, from[1]], [end[0] - far, end[1]], end)];
+  };
+  const side = (a, b, c) => (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]);
+  const cut = (a, b, c, d) => side(a, b, c) * side(a, b, d) < 0 && side(c, d, a) * side(c, d, b) < 0;
+  const meet = (p, q) => p.some((_, i) => i && q.some((_, k) => k && cut(p[i - 1], p[i], q[k - 1], q[k])));
+  const links = [...graph.links.values()].map((link) => ({ link, path: path(link) }));
+  const crossings = pairs(links)
+    .filter(([{ link: a }, { link: b }]) => a.origin_id !== b.origin_id || a.origin_slot !== b.origin_slot)
+    .filter(([a, b]) => meet(a.path, b.path))
+    .map((both) =>
+      both.map(({ link }) => `${graph.getNodeById(link.origin_id).title} to ${graph.getNodeById(link.target_id).title}`),
+    )
+    .map(([a, b]) => `${a} with ${b}`);
+  return { overlaps, crossings };
+}
+
+// Puts the small values into the widgets, presses Run, and waits for the server's word.
+async function run(page, values) {
+  const before = await page.evaluate(async () => Object.keys(await (await fetch("/history")).json()));
+  await page.evaluate(async (small) => {
+    for (const node of window.app.graph._nodes)
+      for (const [name, value] of Object.entries(small[node.type] ?? {})) {
+        const widget = node.widgets?.find((one) => one.name === name);
+        if (widget) widget.value = value;
+      }
+    await window.app.queuePrompt(0, 1);
+  }, values);
+  const start = Date.now();
+  for (let idle = 0; idle < REFUSED_POLLS && Date.now() - start < RUN_MS; await page.waitForTimeout(500)) {
+    const { done, waiting } = await page.evaluate(async (known) => {
+      const history = await (await fetch("/history")).json();
+      const queue = await (await fetch("/queue")).json();
+      const id = Object.keys(history).find((one) => !known.includes(one) && history[one].status?.status_str);
+      return {
+        done: id && { status: history[id].status, outputs: history[id].outputs },
+        waiting: queue.queue_running.length + queue.queue_pending.length,
+      };
+    }, before);
+    if (done) return done;
+    idle = waiting ? 0 : idle + 1;
+  }
+  const refusal = await page.evaluate(() => document.body.innerText.match(/.*(error|invalid|required).*/i)?.[0]);
+  return { status: { status_str: `nothing ran: ${refusal}` }, outputs: {} };
+}
+
+const browser = await chromium.launch({ executablePath: job.chromium, args: FLAGS });
+const results = {};
+try {
+  for (const { name, graph, vue, run: queued } of job.workflows) {
+    const page = await browser.newPage({ viewport: { width: 1800, height: 1000 } });
+    const said = [];
+    page.on("pageerror", (error) => said.push(`page: ${error.message}`));
+    page.on("console", (message) => {
+      if (message.type() === "error") said.push(`${message.location().url}: ${message.text()}`);
+    });
+    await openCanvas(page, vue);
+    const result = { ...(await load(page, graph)), ...(await page.evaluate(drawing)) };
+    if (queued) result.run = await run(page, { ...job.small, ...(job.files[name] ?? {}) });
+    results[name] = { ...result, said };
+    await page.close();
+  }
+} finally {
+  await browser.close();
+}
+process.stdout.write(JSON.stringify(results));

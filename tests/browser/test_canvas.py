@@ -1,0 +1,184 @@
+"""Every bundled workflow in the real canvas: it loads whole, is drawn tidily, sends what its API file holds, and Run
+makes the file it promises. Needs ComfyUI, Node.js with npm, and Chromium; is skipped, with the reason, without."""
+
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent / "host"))
+
+from comfy_host import require_comfyui  # noqa: E402
+from media_checks import read_media  # noqa: E402
+from server import Comfy  # noqa: E402
+
+PLAYWRIGHT = "playwright-core@1"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+SECONDS = 0.5
+CLIP = {"seconds": SECONDS, "preset": "custom", "width": 96, "height": 64}
+STEPS = {"steps": 2}
+MINUTES = 10
+
+
+def find_browser() -> str | None:
+    """CHROMIUM_PATH, or a Chromium on the path."""
+    given = os.environ.get("CHROMIUM_PATH")
+    return given or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.fixture(scope="session")
+def playwright(tmp_path_factory) -> str:
+    """playwright-core in a folder of its own; it drives the machine's Chromium and brings no browser."""
+    for program in ("node", "npm"):
+        if not shutil.which(program):
+            pytest.skip(f"no {program}: install Node.js to run the canvas tests")
+    if not find_browser():
+        pytest.skip("no Chromium: install it, or set CHROMIUM_PATH, to run the canvas tests")
+    folder = tmp_path_factory.mktemp("playwright")
+    options = ["--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts", "--no-save"]
+    done = subprocess.run(["npm", "install", *options, PLAYWRIGHT], capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.skip(f"npm could not install {PLAYWRIGHT}: {done.stderr.strip()[-200:]}")
+    return str(folder / "node_modules" / "playwright-core")
+
+
+@pytest.fixture(scope="session")
+def server(playwright, tmp_path_factory):
+    """A running ComfyUI with small models, a picture and two voices."""
+    require_comfyui()
+    from nava_core.demo import make_small_models, place_in_comfyui
+
+    base = tmp_path_factory.mktemp("canvas")
+    models = make_small_models(tmp_path_factory.mktemp("models"), preview_decoder=False)
+    names = {role: path.name for role, path in place_in_comfyui(models, base / "models").items()}
+    make_inputs(base / "input")
+    with Comfy(base) as comfy:
+        comfy.names = names
+        comfy.post("/settings", {"Comfy.TutorialCompleted": True})  # else a first visit opens the templates
+        yield comfy
+
+
+def make_inputs(folder: Path) -> None:
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.radial_gradient("L").resize((120, 80)).convert("RGB").save(folder / "first_frame.png")
+    for name, pitch in (("voice", 140), ("voice_first", 210), ("voice_second", 110)):
+        with wave.open(str(folder / f"{name}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16000)
+            tones = (sum(math.sin(math.tau * pitch * k * i / 16000) / k for k in (1, 2, 3)) for i in range(16000))
+            file.writeframes(b"".join(struct.pack("<h", int(9000 * tone)) for tone in tones))
+
+
+def small_values(names: dict[str, str]) -> dict:
+    """Widget values with which a workflow runs in seconds on a CPU, by node class."""
+    return {
+        "NavaLoadBackbone": {"file": names["backbone"]},
+        "NavaLoadTextEncoder": {"file": names["text_encoder"]},
+        "NavaLoadVideoVAE": {"file": names["video_vae"]},
+        "NavaLoadAudioVAE": {"file": names["audio_vae"]},
+        "NavaLoadSpeakerEncoder": {"file": names["speaker_encoder"]},
+        "NavaEmptyLatent": CLIP,
+        "NavaFirstFrame": {"size": "the latent's own"},
+        "NavaSampler": STEPS,
+        "NavaSigmas": STEPS,
+    }
+
+
+def as_elements(name: str) -> str:
+    """A workflow's name where its nodes are drawn as DOM elements, which are taller than the canvas's own."""
+    return f"{name} as elements"
+
+
+@pytest.fixture(scope="session")
+def seen(playwright, server, tmp_path_factory) -> dict:
+    """What the canvas said of each workflow."""
+    job = {
+        "playwright": playwright,
+        "chromium": find_browser(),
+        "url": f"http://127.0.0.1:{server.port}/",
+        "workflows": [
+            *({"name": name, "graph": read(name), "run": True} for name in NAMES),
+            *({"name": as_elements(name), "graph": read(name), "vue": True} for name in NAMES),
+        ],
+        "small": small_values(server.names),
+        "files": {"low_memory": {"NavaLoadTextEncoder": {"file": server.names["text_encoder_fp8"]}}},
+    }
+    path = tmp_path_factory.mktemp("job") / "job.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    done = subprocess.run(
+        ["node", str(HERE / "canvas.mjs"), str(path)], capture_output=True, text=True, timeout=60 * MINUTES
+    )
+    assert done.returncode == 0, f"{done.stderr[-3000:]}\n{server.said()[-1500:]}"
+    return json.loads(done.stdout)
+
+
+def read(name: str, folder: str = "") -> dict:
+    return json.loads((ROOT / "workflows" / folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_loads_whole(seen, name):
+    assert seen[name]["missing"] == []
+    assert seen[name]["dialogs"] == []
+    assert seen[name]["count"] == len(read(name)["nodes"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_canvas_says_no_errors_of_ours(seen, name):
+    ours = [line for line in seen[name]["said"] if line.startswith("page:") or "nava" in line.lower()]
+    assert ours == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_drawn_tidily(seen, name):
+    assert seen[name]["overlaps"] == []
+    assert seen[name]["crossings"] == []
+    assert seen[as_elements(name)]["missing"] == []
+    assert seen[as_elements(name)]["overlaps"] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_sends_what_the_api_file_holds(seen, name):
+    sent, file = seen[name]["prompt"], read(name, "api")
+    assert sorted(sent) == sorted(file)
+    for number, node in file.items():
+        assert sent[number]["class_type"] == node["class_type"]
+        assert {key: sent[number]["inputs"].get(key) for key in node["inputs"]} == node["inputs"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_run_makes_the_file_it_promises(seen, server, name):
+    run = seen[name]["run"]
+    assert run["status"]["status_str"] == "success", run["status"]
+    items = [
+        item
+        for output in run["outputs"].values()
+        for some in output.values()
+        if isinstance(some, list)
+        for item in some
+        if isinstance(item, dict) and item.get("type") == "output"
+    ]
+    (item,) = items
+    media = read_media(server.base / "output" / item["subfolder"] / item["filename"])
+    assert item["filename"].startswith(name)
+    assert media.channels == 2
+    assert media.sample_rate == 48000
+    if name == "audio_only":
+        assert media.audio_codec == "flac"
+        assert media.frames is None
+    else:
+        assert (media.video_codec, media.size) == ("h264", (96, 64))
+        assert len(media.frames) == 24 * SECONDS + 1
