@@ -23,6 +23,7 @@ import torch
 
 from .geometry import FPS
 
+LATENTS_STAGE = "latents (backbone and sampler)"
 FRAMES_STAGE = "decoded video frames (video VAE)"
 SOUND_STAGE = "decoded sound (audio VAE)"
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
@@ -46,8 +47,8 @@ def check_finite(tensor: torch.Tensor, stage: str) -> None:
     """Raise NonFiniteError where ``tensor`` has NaN or infinity; ``stage`` says what it is and what made it."""
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         raise NonFiniteError(
-            f"There is NaN or infinity in the {stage}: run that stage in fp32, "
-            "and check its weights and the latents it was given."
+            f"There is NaN or infinity in the {stage}: check that stage's file and what it was given, and run it in "
+            "fp32 if they are in order (in ComfyUI: --fp32-unet, --fp32-vae)."
         )
 
 

@@ -108,13 +108,22 @@ class NavaMux(io.ComfyNode):
                 io.Float.Input(
                     "fps", default=float(FPS), min=1.0, max=120.0, step=1.0, tooltip="NAVA makes 24 frames a second."
                 ),
+                io.Int.Input(
+                    "crf",
+                    default=18,
+                    min=0,
+                    max=51,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Quality of the picture in the file: lower is better and larger; 18 looks like the frames.",
+                ),
             ],
             outputs=[io.Video.Output()],
         )
 
     @classmethod
-    def execute(cls, frames, fps, audio=None) -> io.NodeOutput:
-        return io.NodeOutput(MuxedVideo(frames, audio, fps))
+    def execute(cls, frames, fps, audio=None, crf=18) -> io.NodeOutput:
+        return io.NodeOutput(MuxedVideo(frames, audio, fps, crf))
 
 
 DECODE_NODES = [NavaDecodeVideo, NavaDecodeAudio, NavaMux]

@@ -4,11 +4,19 @@ import logging
 
 from comfy_api.latest import io
 
-from ..nava_core.prompt import SpanSpec, StructuredPrompt
+from ..nava_core.prompt import SpanSpec, StructuredPrompt, with_default_negative
 from .host.conditioning import encode_prompt
 from .types import Span, Spans, Timbre, category
 
 MAX_SPANS = 16
+NO_TERMS = "none"
+NEGATIVE_TERMS = {  # kind and language of the core's default negatives
+    NO_TERMS: None,
+    "picture and sound, English": ("video", "en"),
+    "picture and sound, Chinese": ("video", "zh"),
+    "sound, English": ("audio", "en"),
+    "sound, Chinese": ("audio", "zh"),
+}
 
 
 def text_input(name: str, tooltip: str, *, lines: bool = False, placeholder: str = "") -> io.String.Input:
@@ -60,6 +68,12 @@ class NavaStructuredPrompt(io.ComfyNode):
                     default="auto",
                     tooltip="Language of the words between your texts; auto: Chinese if most of the text is.",
                 ),
+                io.Boolean.Input(
+                    "no_speech",
+                    default=False,
+                    optional=True,
+                    tooltip="Say that nobody speaks; without it the model may let someone.",
+                ),
                 io.Autogrow.Input(
                     "spans",
                     template=io.Autogrow.TemplatePrefix(
@@ -75,9 +89,9 @@ class NavaStructuredPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, visual, dynamics, camera, audio, language, spans=None) -> io.NodeOutput:
+    def execute(cls, visual, dynamics, camera, audio, language, no_speech=False, spans=None) -> io.NodeOutput:
         ordered = [span for span in (spans or {}).values() if span is not None]
-        prompt = StructuredPrompt(visual, dynamics, camera, audio, ordered, language)
+        prompt = StructuredPrompt(visual, dynamics, camera, audio, ordered, language, no_speech)
         return io.NodeOutput(prompt.render(), ordered)
 
 
@@ -98,6 +112,14 @@ class NavaEncodePrompt(io.ComfyNode):
                     multiline=True,
                     tooltip="One dense paragraph; speech as <S>words<E>. At most 512 tokens. As a negative, leave it "
                     "empty for the null the model was trained with.",
+                ),
+                io.Combo.Input(
+                    "negative_terms",
+                    options=list(NEGATIVE_TERMS),
+                    default=NO_TERMS,
+                    optional=True,
+                    tooltip="For a negative: adds this pack's terms for common faults to your text. Clips with a "
+                    "picture take those for picture and sound, audio-only clips those for sound.",
                 ),
                 Spans.Input(
                     "spans",
@@ -122,7 +144,10 @@ class NavaEncodePrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, prompt, spans=None, voices=None) -> io.NodeOutput:
+    def execute(cls, clip, prompt, negative_terms=NO_TERMS, spans=None, voices=None) -> io.NodeOutput:
+        terms = NEGATIVE_TERMS[negative_terms]
+        if terms:
+            prompt = with_default_negative(prompt, *terms)
         given = [voice for voice in (voices or {}).values() if voice is not None]
         conditioning, report, warnings = encode_prompt(clip, prompt, given, spans)
         for warning in warnings:

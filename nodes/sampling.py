@@ -1,10 +1,11 @@
 """Sampling nodes: the one-node sampler, and the same parts for the stock SamplerCustomAdvanced."""
 
 import math
+from functools import partial
 
 from comfy_api.latest import io
 
-from ..nava_core.sampling import Guidance, flow_sigmas
+from ..nava_core.sampling import Guidance, flow_sigmas, sigma_at
 from .host.guider import make_guider, sample, unipc_sampler
 from .types import category
 
@@ -75,9 +76,8 @@ def model_inputs() -> list:
     ]
 
 
-def read_guidance(model, settings: dict) -> Guidance:
-    """Guidance from a node's widgets; parts of the run become noise levels as the host counts them."""
-    to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+def read_guidance(settings: dict, to_sigma) -> Guidance:
+    """Guidance from a node's widgets; ``to_sigma`` tells the noise level at a part (0..1) of the run."""
     intervals = {}
     for term, scales in TERMS.items():
         start, end = settings.pop(f"{term}_start"), settings.pop(f"{term}_end")
@@ -96,14 +96,16 @@ class NavaGuider(io.ComfyNode):
             node_id="NavaGuider",
             display_name="NAVA Guider",
             category=category("sampling"),
-            description="NAVA's guidance by text, alignment and timbre, for SamplerCustomAdvanced.",
+            description="NAVA's guidance by text, alignment and timbre, for SamplerCustomAdvanced. Starts and ends are "
+            "parts of the model's own schedule (shift 5).",
             inputs=[*model_inputs(), *guidance_inputs()],
             outputs=[io.Guider.Output()],
         )
 
     @classmethod
     def execute(cls, model, positive, negative=None, **settings) -> io.NodeOutput:
-        return io.NodeOutput(make_guider(model, positive, negative, read_guidance(model, settings)))
+        to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+        return io.NodeOutput(make_guider(model, positive, negative, read_guidance(settings, to_sigma)))
 
 
 class NavaSigmas(io.ComfyNode):
@@ -168,7 +170,8 @@ class NavaSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent, seed, steps, shift, negative=None, **settings) -> io.NodeOutput:
-        guider = make_guider(model, positive, negative, read_guidance(model, settings))
+        guidance = read_guidance(settings, partial(sigma_at, shift=shift))
+        guider = make_guider(model, positive, negative, guidance)
         return io.NodeOutput(sample(guider, latent, seed, unipc_sampler(), flow_sigmas(steps, shift)))
 
 

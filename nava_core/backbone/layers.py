@@ -90,8 +90,9 @@ def rotated(x: Tensor, table: Tensor, heads: int) -> Tensor:
 def sinusoid(timesteps: Tensor, width: int) -> Tensor:
     """Sinusoidal embedding of timesteps (n,) on 0..1000 -> (n, width), cosines first, fp32."""
     half = width // 2
-    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
-    angle = timesteps.double()[:, None] * frequencies
+    precise = torch.float64 if timesteps.device.type in ("cpu", "cuda") else torch.float32  # not all GPUs have it
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = timesteps.to(precise)[:, None] * frequencies.to(timesteps.device, precise)
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 

@@ -33,7 +33,8 @@ class NavaBackbone(nn.Module):
 
     ``operations`` gives the layers' classes (as ``torch.nn`` names them) and ``attention`` the attention function
     ``(q, k, v, heads, options)`` on (B, L, heads * head_dim), so that a host can put its own casting, offloading and
-    kernels underneath. Weights are uninitialised: load them, or call :meth:`init_weights`.
+    kernels underneath. Weights are uninitialised: load them, or call :meth:`init_weights`. For inference only: tokens
+    are worked on in place, under ``torch.no_grad``.
     """
 
     def __init__(
@@ -232,7 +233,8 @@ class NavaBackbone(nn.Module):
             return context
         voices = self.speaker_embedding(timbre.to(context))
         # Unused voices (-1) go to one row past the end, which is then dropped.
-        place = torch.where(timbre_positions < 0, context.shape[1], timbre_positions).long()
+        positions = timbre_positions.to(context.device, torch.long)
+        place = torch.where(positions < 0, context.shape[1], positions)
         place = place[..., None].expand_as(voices)
         return F.pad(context, (0, 0, 0, 1)).scatter(1, place, voices)[:, :-1]
 

@@ -1,6 +1,6 @@
 """Prompts: speech spans, the structured prompt, tokens with their limits, and voices bound to spans."""
 
-from .negatives import default_negative
+from .negatives import default_negative, with_default_negative
 from .spans import SPAN_END, SPAN_START, SpanError, SpeechSpan, clean_text, insert_sentinels, parse_spans
 from .structured import SpanSpec, StructuredPrompt
 from .tokenizer import PromptTokenizer, TokenizedPrompt
@@ -22,4 +22,5 @@ __all__ = [
     "parse_spans",
     "span_voices",
     "timbre_inputs",
+    "with_default_negative",
 ]

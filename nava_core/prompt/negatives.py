@@ -12,6 +12,13 @@ def _table() -> dict[str, dict[str, str]]:
     return json.loads(Path(__file__).with_name("negatives.json").read_text(encoding="utf-8"))
 
 
+def with_default_negative(text: str, kind: str, language: str = "en") -> str:
+    """``text`` followed by the default negative terms, or these alone where it is empty."""
+    terms = default_negative(kind, language)
+    separator = "，" if language == "zh" else ", "
+    return separator.join([text.strip().rstrip(",，. 。"), terms]) if text.strip() else terms
+
+
 def default_negative(kind: str, language: str = "en") -> str:
     """The default negative text for "video" (joint clips: picture and sound) or "audio" (sound alone), in "en"
     or "zh". Raises `ValueError` for another kind or language."""

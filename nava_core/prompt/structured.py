@@ -40,7 +40,8 @@ class StructuredPrompt:
 
     `visual`: subjects, setting, light, style; `dynamics`: what happens over time; `camera`: camera and
     composition; `audio`: ambience, effects, music, room; `spans`: what is said, in order. Any part may be empty.
-    `language`: of the connecting words, "en", "zh" or "auto" (by the text given).
+    `language`: of the connecting words, "en", "zh" or "auto" (by the text given). `no_speech` says that nobody
+    speaks.
     """
 
     visual: str = ""
@@ -49,12 +50,13 @@ class StructuredPrompt:
     audio: str = ""
     spans: list[SpanSpec] = field(default_factory=list)
     language: str = "auto"
+    no_speech: bool = False
 
     def render(self) -> str:
         """One paragraph: picture, events, speech as `<S>words<E>`, camera, sound. "" if every part is empty.
 
-        Raises `ValueError` for a span without words, for speech marks or reserved tokens inside a part, and for
-        an unknown language.
+        Raises `ValueError` for a span without words, spans together with `no_speech`, for speech marks or reserved
+        tokens inside a part, and for an unknown language.
         """
         if self.language not in _LANGUAGES:
             raise ValueError(f"Unknown prompt language “{self.language}”: choose one of {', '.join(_LANGUAGES)}.")
@@ -67,6 +69,7 @@ class StructuredPrompt:
             *(style.speech(span, i) for i, span in enumerate(self.spans)),
             style.labelled(style.camera, self.camera),
             style.labelled(style.audio, self.audio),
+            style.no_speech if self.no_speech else "",
         ]
         return style.join([s for s in sentences if s])
 
@@ -76,6 +79,8 @@ class StructuredPrompt:
     def _check(self) -> None:
         for name, text in self._parts().items():
             _refuse_marks(text, f"The {name} description")
+        if self.no_speech and self.spans:
+            raise ValueError("Nobody is to speak, but there are speech spans: remove them, or turn no_speech off.")
         for i, span in enumerate(self.spans):
             if not span.words.strip():
                 raise ValueError(f"Speech span {i + 1} has no words: write what is said, or remove the span.")
@@ -123,6 +128,7 @@ class _English:
     dynamics = "As the clip plays"
     camera = "Camera and framing"
     audio = "On the soundtrack"
+    no_speech = "Nobody speaks in this clip, and no narrator is heard."
 
     @staticmethod
     def sentence(text: str) -> str:
@@ -193,6 +199,7 @@ class _Chinese:
     dynamics = "动作随时间展开"
     camera = "镜头与构图"
     audio = "声音部分"
+    no_speech = "片中无人开口，也没有解说。"
 
     @staticmethod
     def sentence(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from .denoise import Condition, Interrupted, conditions, denoise
 from .guidance import Direction, Guidance
-from .schedule import flow_sigmas, flow_timesteps, shift_sigma
+from .schedule import flow_sigmas, flow_timesteps, shift_sigma, sigma_at
 from .unipc import FlowUniPC
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "flow_sigmas",
     "flow_timesteps",
     "shift_sigma",
+    "sigma_at",
 ]

@@ -29,6 +29,12 @@ def flow_sigmas(steps: int, shift: float = 5.0) -> torch.Tensor:
     return shift_sigma(even, shift).float()
 
 
+def sigma_at(part: float, shift: float = 5.0) -> float:
+    """The noise level of ``flow_sigmas`` at a part of the run, 0 (its start) to 1 (its end)."""
+    highest = shift_sigma(TRAIN_START, shift)
+    return shift_sigma(highest * (1.0 - part), shift)
+
+
 def flow_timesteps(sigmas: torch.Tensor) -> torch.Tensor:
     """What the network is given for each noise level: floor(1000 * sigma), int64, same shape."""
     return (sigmas.float() * TIMESTEP_SCALE).floor().long()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...nava_core.prompt import bind_voices, span_voices, timbre_inputs
+from ...nava_core.prompt import bind_voices, clean_text, span_voices, timbre_inputs
 from .model import TIMBRE, TIMBRE_POSITIONS
 from .text_encoder import encode_conditioning, encode_ids, prompt_tokenizer
 
@@ -29,6 +29,10 @@ def encode_prompt(clip, prompt: str, voices=(), spans=None) -> tuple[list, str, 
     return encode_conditioning(clip, tokenized.ids, extras), report, [report] if tokenized.is_cut else []
 
 
+def _shortened(words: str, length: int = 40) -> str:
+    return words if len(words) <= length else words[: length - 1] + "…"
+
+
 def _voices(tokenized, voices, spans):
     if not spans:
         return voices, None
@@ -37,6 +41,12 @@ def _voices(tokenized, voices, spans):
             f"{len(spans)} speech spans are connected but the prompt has {len(tokenized.spans)}: connect prompt and "
             "spans of the same NAVA Structured Prompt, or disconnect the spans."
         )
+    for number, (said, meant) in enumerate(zip(tokenized.spans, spans, strict=True), start=1):
+        if clean_text(said.words) != clean_text(meant.words):
+            raise ValueError(
+                f"Span {number} says “{_shortened(said.words)}” in the prompt but “{_shortened(meant.words)}” in the "
+                "connected spans: connect prompt and spans of the same NAVA Structured Prompt, or disconnect the spans."
+            )
     own, assignment = span_voices(spans)
     if not voices:
         return own, assignment if own else None

@@ -69,7 +69,7 @@ def _mask(latent: dict, video: torch.Tensor):
     shape = (batch, 1, frames, height, width)
     mask = torch.ones(shape)
     if parts:
-        mask *= comfy.utils.reshape_mask(parts[0], video.shape)[:, :1]
+        mask *= comfy.utils.reshape_mask(parts[0], video.shape)[:, :1].to(mask)
     mask[:, :, 0] = 0
     samples = latent["samples"]
     if not is_nested(samples):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import comfy.model_management
 import comfy.nested_tensor
 import comfy.sample
@@ -10,8 +12,9 @@ import comfy.utils
 import latent_preview
 import torch
 
+from ...nava_core.media import LATENTS_STAGE, check_finite
 from ...nava_core.sampling import FlowUniPC, Guidance
-from .latents import absent_parts
+from .latents import absent_parts, is_nested
 from .model import CROSS_MODAL, TIMBRE, TIMBRE_POSITIONS, NavaModel
 
 # The predictions by the letters of nava_core.sampling.guidance, and the names the host keeps their conditions under.
@@ -24,6 +27,7 @@ class NavaGuider(comfy.samplers.CFGGuider):
     def __init__(self, model_patcher, guidance: Guidance):
         super().__init__(model_patcher)
         self.guidance = guidance
+        self._warned = False
 
     def set_conds(self, positive, negative=None):
         """Conditionings as ComfyUI has them; without ``negative`` the text null is the all-zero context."""
@@ -42,9 +46,16 @@ class NavaGuider(comfy.samplers.CFGGuider):
             }
         )
 
+    def _warn_of_unused_patches(self, model_options) -> None:
+        found = [name for name in UNUSED_PATCHES if model_options.get(name)]
+        if found and not self._warned:
+            self._warned = True
+            logging.warning("NAVA's guidance does not use %s of this MODEL: use a stock guider.", ", ".join(found))
+
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         model_options = {} if model_options is None else model_options
         model = self.inner_model
+        self._warn_of_unused_patches(model_options)
         shapes = model.latent_shapes
         gone = absent_parts(shapes)
         sigma = float(timestep.flatten()[0])
@@ -62,6 +73,10 @@ class NavaGuider(comfy.samplers.CFGGuider):
         parts = [part if new is None else new for part, new in zip(parts, combined, strict=False)]
         denoised = comfy.utils.pack_latents(parts)[0] if len(parts) > 1 else parts[0]
         return _post_cfg(denoised, x, timestep, dict(zip(needed, predictions, strict=True)), self, model_options)
+
+
+# What other nodes hang before or in place of plain CFG: there is no place for it among four predictions.
+UNUSED_PATCHES = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_calc_cond_batch_function")
 
 
 def _without_voices(extra: dict, like: dict | None) -> dict:
@@ -143,4 +158,6 @@ def sample(guider, latent: dict, seed: int, sampler, sigmas) -> dict:
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
+    for part in result.unbind() if is_nested(result) else [result]:
+        check_finite(part, LATENTS_STAGE)
     return {**latent, "samples": result.to(comfy.model_management.intermediate_device())}

@@ -143,22 +143,24 @@ class NavaModel(comfy.model_base.BaseModel):
         if context is None:
             context = torch.zeros(1, 1, config.text_dim)
         _check_context(context, config)
-        # The host pads contexts of unequal length by repeating them; this model's padding is zeros.
-        context = F.pad(context, (0, 0, 0, config.text_len - context.shape[1]))
+        # The host pads contexts of unequal length by repeating them; this model's padding is zeros. All conditions go
+        # to one device, or the host would not batch them.
+        device = kwargs["device"]
+        context = F.pad(context, (0, 0, 0, config.text_len - context.shape[1])).to(device)
         out = {
             "c_crossattn": comfy.conds.CONDRegular(context),
             "cross_modal": comfy.conds.CONDConstant(kwargs.get(CROSS_MODAL, True)),
         }
         if kwargs.get(TIMBRE) is not None:
-            out["timbre"] = comfy.conds.CONDRegular(kwargs[TIMBRE])
-            out["timbre_positions"] = comfy.conds.CONDRegular(kwargs[TIMBRE_POSITIONS])
+            out["timbre"] = comfy.conds.CONDRegular(kwargs[TIMBRE].to(device))
+            out["timbre_positions"] = comfy.conds.CONDRegular(kwargs[TIMBRE_POSITIONS].to(device))
         shapes = shapes_of(kwargs.get("latent_shapes"), kwargs["noise"])
         if len(shapes) > 1:
             out["latent_shapes"] = comfy.conds.CONDConstant(shapes)
         if kwargs.get("denoise_mask") is not None:
             masks = comfy.utils.unpack_latents(kwargs["denoise_mask"], shapes)
             for name, mask in zip(("video_steps", "audio_steps"), masks, strict=False):
-                out[name] = comfy.conds.CONDRegular(_generated_steps(mask).to(kwargs["device"]))
+                out[name] = comfy.conds.CONDRegular(_generated_steps(mask).to(device))
         if self._tokens(kwargs["noise"].shape) > BATCH_TOKENS:
             out["prediction"] = comfy.conds.CONDConstant(kwargs.get("prompt_type"))
         return out
@@ -338,7 +340,7 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
         model.to(offload_device)
     if stays_fp8 or patcher.is_dynamic():
         dtype = WEIGHT_DTYPES[weight_dtype] if stays_fp8 else model.diffusion_model.dtype
-        mapped = patcher.is_dynamic() and _same_fp8_weights(info, dtype)
+        mapped = patcher.is_dynamic() and info.format == "safetensors" and _same_fp8_weights(info, dtype)
         weights = _mapped_weights(info) if mapped else _read_weights(info, dtype, offload_device)
         model.load_model_weights(weights, "", assign=True)
     else:

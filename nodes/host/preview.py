@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-import math
-
+import comfy.utils
 import torch
 
 
-class PackedVideo(torch.Tensor):
-    """A packed latent (B, 1, values) that shows whoever looks into it its video part.
+class VideoOfPacked(torch.Tensor):
+    """The video part (B, 48, T, H, W) of a packed latent, which comes back whole from ``cpu()``.
 
-    The host's callback both keeps the tensor (for the denoised output, which it unpacks itself) and indexes it for the
-    preview, which expects video: indexing and ``ndim`` are the video's, all else is the packed tensor's.
+    The host's callback does two things with its tensor: it looks into it for the preview, whatever previewer there is,
+    which expects video; and it keeps it for the denoised output, of which the host takes ``cpu()`` and unpacks it.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
-    video_shape: tuple[int, ...]
-
-    @property
-    def video(self) -> torch.Tensor:
-        packed = self.as_subclass(torch.Tensor)
-        values = packed.flatten(1)[:, : math.prod(self.video_shape[1:])]
-        return values.reshape(values.shape[0], *self.video_shape[1:])
-
-    @property
-    def ndim(self) -> int:
-        return len(self.video_shape)
-
-    def __getitem__(self, index):
-        return self.video[index]
+    packed: torch.Tensor
 
     def cpu(self, *args, **kwargs) -> torch.Tensor:
-        return self.as_subclass(torch.Tensor).cpu(*args, **kwargs)
+        return self.packed.cpu(*args, **kwargs)
 
 
 def video_first(callback, shapes):
-    """``callback(step, x0, x, steps)`` with x0 as a :class:`PackedVideo` of a latent of these shapes."""
+    """``callback(step, x0, x, steps)`` with x0 as a :class:`VideoOfPacked` of a latent of these shapes."""
 
     def wrapped(step, x0, x, total_steps):
-        x0 = x0.as_subclass(PackedVideo)
-        x0.video_shape = tuple(shapes[0])
-        return callback(step, x0, x, total_steps)
+        video = comfy.utils.unpack_latents(x0, shapes)[0].as_subclass(VideoOfPacked)
+        video.packed = x0
+        return callback(step, video, x, total_steps)
 
     return wrapped

@@ -145,8 +145,7 @@ def matmul_problem(device: torch.device) -> str | None:
     if problem is not None:
         return problem
     size = MATMUL_MULTIPLE
-    ones = torch.ones(size, size, device=device)
-    data, scale = ones.to(FP8), ones[:, :1]
+    data, scale = torch.ones(size, size, device=device).to(FP8), torch.ones(size, 1, device=device)
     try:
         torch._scaled_mm(data, data.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
     except (RuntimeError, TypeError, ValueError) as error:

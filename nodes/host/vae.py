@@ -24,7 +24,8 @@ import comfy.utils
 import torch
 
 from ...nava_core.checkpoint import FileKind, WrongFileError, describe_file, explain_wrong_file
-from ...nava_core.media import apply_loudness, fit_length
+from ...nava_core.geometry import AUDIO_LATENTS_PER_SECOND
+from ...nava_core.media import LATENTS_STAGE, SOUND_STAGE, apply_loudness, check_finite, fit_length
 from .latents import audio_part, clip_seconds, video_part
 
 VIDEO_CHANNELS = 48
@@ -53,6 +54,14 @@ def load_video_vae(path: str | Path, device: str = "default") -> comfy.sd.VAE:
         raise ValueError(
             f"{Path(path).name} is a video VAE of {channels} latent channels, but NAVA's has {VIDEO_CHANNELS}: "
             "choose wan2.2_vae.safetensors or Wan2.2_VAE.pth."
+        )
+    with torch.device("meta"):
+        wanted = set(_video_network(widths).state_dict())
+    missing = sorted(wanted - set(tensors))
+    if missing:  # the host would only log them
+        raise ValueError(
+            f"{Path(path).name} is incomplete: {len(missing)} tensors are missing, the first is {missing[0]}; "
+            "download it again."
         )
     target = torch.device("cpu") if device == "cpu" else None
     if widths == RELEASED_WIDTHS:
@@ -132,6 +141,18 @@ def _video_dimensions(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[i
         raise ValueError(f"{name} is incomplete: the tensor {missing} is missing; download it again.") from None
 
 
+def _video_network(widths: tuple[int, int]) -> torch.nn.Module:
+    """The host's Wan2.2 network, untrained, with these encoder and decoder widths."""
+    return comfy.ldm.wan.vae2_2.WanVAE(
+        dim=widths[0],
+        dec_dim=widths[1],
+        z_dim=VIDEO_CHANNELS,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        temperal_downsample=[False, True, True],
+    )
+
+
 def _video_vae_of_width(
     tensors: Mapping[str, torch.Tensor], widths: tuple[int, int], device: torch.device | None
 ) -> comfy.sd.VAE:
@@ -140,17 +161,10 @@ def _video_vae_of_width(
     The host builds the released width only, so it builds that without memory first (scaling, memory estimates
     and dtypes are then its own), and the network inside is exchanged. Run on ComfyUI 0.18.1.
     """
-    dimensions = {
-        "z_dim": VIDEO_CHANNELS,
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "temperal_downsample": [False, True, True],
-    }
-    build = comfy.ldm.wan.vae2_2.WanVAE
     with torch.device("meta"):
-        released = build(dim=RELEASED_WIDTHS[0], dec_dim=RELEASED_WIDTHS[1], **dimensions).state_dict()
+        released = _video_network(RELEASED_WIDTHS).state_dict()
         vae = comfy.sd.VAE(sd=released, device=device)
-    network = build(dim=widths[0], dec_dim=widths[1], **dimensions).eval().to(vae.vae_dtype)
+    network = _video_network(widths).eval().to(vae.vae_dtype)
     network.load_state_dict(tensors)
     comfy.model_management.archive_model_dtypes(network)
     vae.patcher = type(vae.patcher)(network, load_device=vae.device, offload_device=vae.patcher.offload_device)
@@ -302,17 +316,21 @@ def _what_vae(vae) -> str:
 
 def decode_video_clips(vae: comfy.sd.VAE, latent: Mapping, **tiles) -> list[torch.Tensor]:
     """A LATENT's picture as one IMAGE (T, H, W, 3) for each clip of the batch; ``tiles`` as for ``decode_video``."""
-    return [decode_video(vae, clip[None], **tiles) for clip in video_part(latent)]
+    clips = video_part(latent)
+    check_finite(clips, LATENTS_STAGE)
+    return [decode_video(vae, clip[None], **tiles) for clip in clips]
 
 
 def decode_audio_clips(audio_vae, latent: Mapping, loudness: str) -> list[dict]:
-    """A LATENT's sound as one AUDIO for each clip of the batch, exactly as long as its picture where it has one."""
-    seconds = clip_seconds(latent)
+    """A LATENT's sound as one AUDIO for each clip of the batch, exactly as long as its picture, or where it has none as
+    its latents say (the vocoder gives 30 ms less, which are filled with silence)."""
+    parts = audio_part(latent)
+    check_finite(parts, LATENTS_STAGE)
+    seconds = clip_seconds(latent) or parts.shape[2] / AUDIO_LATENTS_PER_SECOND
     clips = []
-    for part in audio_part(latent):
+    for part in parts:
         sound = decode_audio(audio_vae, part[None])
-        waveform = sound["waveform"]
-        if seconds is not None:
-            waveform = fit_length(waveform, round(seconds * sound["sample_rate"]))
+        check_finite(sound["waveform"], SOUND_STAGE)
+        waveform = fit_length(sound["waveform"], round(seconds * sound["sample_rate"]))
         clips.append({**sound, "waveform": apply_loudness(waveform, loudness)})
     return clips

@@ -17,7 +17,7 @@ class MuxedVideo(Input.Video):
     Raises NonFiniteError, naming the stage that made it, for NaN or infinity. Run on ComfyUI 0.18.1.
     """
 
-    def __init__(self, frames, audio=None, fps: float = 24.0):
+    def __init__(self, frames, audio=None, fps: float = 24.0, crf: int = 18):
         if audio is not None and audio["waveform"].shape[0] != 1:
             raise ValueError(
                 f"This sound is a batch of {audio['waveform'].shape[0]} for one clip: pick one with a stock batch node."
@@ -27,6 +27,7 @@ class MuxedVideo(Input.Video):
             check_finite(audio["waveform"], SOUND_STAGE)
         self.frames, self.audio = frames, audio
         self.rate = Fraction(fps).limit_denominator(1001)
+        self.crf = crf
 
     def get_components(self):
         return Types.VideoComponents(images=self.frames, audio=self.audio, frame_rate=self.rate)
@@ -55,7 +56,7 @@ class MuxedVideo(Input.Video):
             progress.update_absolute(count, total)
 
         sound = (None, None) if self.audio is None else (self.audio["waveform"], int(self.audio["sample_rate"]))
-        mux(path, self.frames, *sound, self.rate, metadata=metadata, callback=each_frame)
+        mux(path, self.frames, *sound, self.rate, crf=self.crf, metadata=metadata, callback=each_frame)
 
     def as_trimmed(self, start_time=None, duration=None, strict_duration=False):
         first = max(0, round((start_time or 0) * self.rate))
@@ -70,4 +71,4 @@ class MuxedVideo(Input.Video):
             begin = round(first / self.rate * rate)
             length = round(frames.shape[0] / self.rate * rate)
             audio = {**audio, "waveform": audio["waveform"][..., begin : begin + length]}
-        return MuxedVideo(frames, audio, self.rate)
+        return MuxedVideo(frames, audio, self.rate, self.crf)

@@ -364,3 +364,24 @@ def test_default_negatives():
         default_negative("image")
     with pytest.raises(ValueError, match="en, zh"):
         default_negative("video", "fr")
+
+
+def test_no_speech_is_said_and_excludes_spans():
+    from nava_core.prompt import SpanSpec, StructuredPrompt
+
+    plain, silent = (StructuredPrompt("A harbour at dawn.", no_speech=on).render() for on in (False, True))
+    assert silent.startswith(plain)
+    assert "Nobody speaks" in silent.removeprefix(plain)
+    assert "无人开口" in StructuredPrompt("清晨的港口。", no_speech=True).render()
+    with pytest.raises(ValueError, match="no_speech off"):
+        StructuredPrompt("A harbour.", spans=[SpanSpec("Hello.")], no_speech=True).render()
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_default_negative_follows_the_text(kind):
+    from nava_core.prompt import default_negative, with_default_negative
+
+    terms = default_negative(kind, "en")
+    assert with_default_negative("  ", kind) == terms
+    assert with_default_negative("rain, ", kind) == f"rain, {terms}"
+    assert with_default_negative("下雨。", kind, "zh") == f"下雨，{default_negative(kind, 'zh')}"

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nava_core.sampling import FlowUniPC, flow_sigmas, flow_timesteps
+from nava_core.sampling import FlowUniPC, flow_sigmas, flow_timesteps, sigma_at
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "unipc_cases.safetensors"
 with safe_open(GOLDEN, "pt") as file:
@@ -136,3 +136,11 @@ def test_impossible_levels_are_refused(sigmas, says):
 def test_impossible_schedules_are_refused(steps, shift):
     with pytest.raises(ValueError, match="schedule"):
         flow_sigmas(steps, shift)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0, 10.0])
+@pytest.mark.parametrize("steps", [1, 10, 50])
+def test_sigma_at_is_the_schedules(steps, shift):
+    sigmas = flow_sigmas(steps, shift)
+    for step in range(steps + 1):
+        assert sigma_at(step / steps, shift) == pytest.approx(float(sigmas[step]), abs=1e-6)

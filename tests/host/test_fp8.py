@@ -9,6 +9,7 @@ import torch
 from graphs import Graph
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 comfy_host.import_comfyui()
 
@@ -414,6 +415,8 @@ def scaled_mm_in_float32(a, b, *, scale_a, scale_b, out_dtype):
     assert scale_a.dtype is scale_b.dtype is torch.float32
     assert scale_a.shape == (a.shape[0], 1)
     assert scale_b.shape == (1, b.shape[1])
+    assert scale_a.is_contiguous()
+    assert scale_b.is_contiguous()
     assert all(size % 16 == 0 for size in b.shape)
     assert out_dtype is torch.bfloat16
     return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
@@ -496,3 +499,10 @@ def test_fp8_file_on_the_server(comfy, files, tmp_path):
 def metadata(path):
     with safe_open(path, "pt") as file:
         return file.metadata()
+
+
+def test_float8_units_are_probed_as_pytorch_wants_it(monkeypatch):
+    """PyTorch's own checks of shapes, types and strides for a GPU, without one."""
+    monkeypatch.setattr(quantized, "fp8_matmul_problem", lambda device: None)
+    with torch.inference_mode(), FakeTensorMode():
+        assert quantized.matmul_problem.__wrapped__(torch.device("cuda")) is None

@@ -388,3 +388,52 @@ def test_another_model_is_refused(context):
 
     with pytest.raises(ValueError, match="not NAVA"):
         guiders.make_guider(Other(), conditioning(context), None, sampling.Guidance())
+
+
+# ---------------------------------------------------------------- intervals, previews, patches
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0, 10.0])
+def test_half_of_the_run_is_half_of_the_steps(patcher, context, monkeypatch, shift):
+    """NavaSampler's starts and ends count along its own schedule."""
+    nodes = pack_module("nodes.sampling")
+    seen = []
+    original = sampling.Guidance.needed
+
+    def needed(self, sigma, *args, **kwargs):
+        names = original(self, sigma, *args, **kwargs)
+        seen.append("m" in names)
+        return names
+
+    monkeypatch.setattr(sampling.Guidance, "needed", needed)
+    settings = {"alignment": True, **dict.fromkeys(["video_text", "video_align", "audio_text", "audio_align"], 1.0)}
+    ends = {f"{term}_{end}": float(end == "end") for term in ("text", "align", "timbre") for end in ("start", "end")}
+    nodes.NavaSampler.execute(
+        patcher, conditioning(context), latent(), SEED, 10, shift, audio_timbre=0.0, **settings,
+        **{**ends, "align_end": 0.55},
+    )  # fmt: skip
+    assert seen == [True] * 6 + [False] * 4
+
+
+def test_any_previewer_sees_video_and_the_host_gets_the_packed_latent():
+    preview = pack_module("nodes.host.preview")
+    video, audio = torch.randn(1, 48, 3, 4, 6), torch.randn(1, 8, 5, 16)
+    packed, shapes = comfy.utils.pack_latents([video, audio])
+    kept = {}
+    preview.video_first(lambda step, x0, x, steps: kept.update(x0=x0), shapes)(0, packed, packed, 1)
+    x0 = kept["x0"]
+    assert (x0.ndim, tuple(x0.shape)) == (5, tuple(video.shape))
+    frames = x0.movedim(2, 1).reshape((-1, *x0.shape[-3:]))
+    assert torch.equal(frames, video.movedim(2, 1).reshape((-1, *video.shape[-3:])))
+    assert torch.equal(x0[0, :, 0], video[0, :, 0])
+    assert type(x0[0]) is torch.Tensor
+    assert torch.equal(x0.cpu(), packed)
+
+
+def test_patches_without_a_place_in_our_guidance_are_named_once(patcher, context, caplog):
+    clone = patcher.clone()
+    clone.set_model_sampler_cfg_function(lambda args: args["cond"])
+    host_run(clone, conditioning(context), latent(), sampling.Guidance(alignment=False, video_text=1, audio_text=1))
+    assert [record.message for record in caplog.records].count(
+        "NAVA's guidance does not use sampler_cfg_function of this MODEL: use a stock guider."
+    ) == 1

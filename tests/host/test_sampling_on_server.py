@@ -2,8 +2,10 @@
 
 import io
 
+import numpy
 import pytest
 import torch
+from comfy_host import import_comfyui
 from graphs import SCALES, Graph, text_to_latent
 from media_checks import assert_alive, read_media
 from PIL import Image
@@ -50,7 +52,9 @@ def test_text_to_clip(comfy):
     assert clip.audio_seconds == pytest.approx(clip.video_seconds, abs=1e-3)
     assert_alive(clip)
     node = next(name for name, each in graph.items() if each["class_type"] == "NavaSampler")
-    assert {(value, of) for name, value, of in run.progress if name == node} == {(1, 3), (2, 3), (3, 3)}
+    steps = [(value, of) for name, value, of in run.progress if name == node]
+    assert steps == sorted(steps)  # the server may leave some out
+    assert steps[-1] == (3, 3)
 
 
 def test_same_seed_same_latents_another_seed_others(comfy):
@@ -131,6 +135,7 @@ def test_previews_show_the_picture(comfy, method):
     expected = sampled(comfy, f"no_preview_{method}", plain, latent)
     graph, latent = text_to_latent(comfy.names, steps=STEPS)
     graph.save_latents(latent, f"preview_{method}")
+    said_before = len(comfy.said())
     run = comfy.ok(graph, preview_method=method)
     assert_same(expected, latents(run, f"preview_{method}"))
     assert len(run.previews) >= STEPS
@@ -138,7 +143,21 @@ def test_previews_show_the_picture(comfy, method):
     for picture in pictures:
         assert picture.width / picture.height == pytest.approx(96 / 64, rel=0.1)
         assert max(high - low for low, high in picture.getextrema()) > 8
-    assert "Traceback" not in comfy.said()
+    assert "Traceback" not in comfy.said()[said_before:]
+    if method == "latent2rgb":
+        # The last step's estimate is the result, so the last preview is its first frame.
+        import_comfyui()
+        from comfy.latent_formats import Wan22
+
+        form = Wan22()
+        frames = form.process_in(expected[0])[0].movedim(0, -1)
+        rgb = frames @ torch.tensor(form.latent_rgb_factors) + torch.tensor(form.latent_rgb_factors_bias)
+        luma = torch.tensor([0.299, 0.587, 0.114])  # JPEG halves the colours' resolution
+        grey = (((rgb + 1) / 2).clamp(0, 1) @ luma).flatten(1)
+        shown = torch.tensor(numpy.asarray(pictures[-1].convert("L").resize((6, 4)))).float().reshape(1, -1)
+        likeness = torch.corrcoef(torch.cat([shown, grey]))[0, 1:]
+        assert likeness[0] > 0.8
+        assert likeness[1:].max() < likeness[0] - 0.2
 
 
 def given_frames_and_steps(comfy, prefix, start):

@@ -86,7 +86,7 @@ def test_workflow_gives_the_clip_it_promises(comfy, inputs, name):
     assert (media.channels, media.sample_rate) == (2, 48000)
     if name == "audio_only":
         assert media.frames is None
-        assert media.samples.shape[1] / 48000 == pytest.approx(1.0, abs=0.05)
+        assert media.samples.shape[1] == 48000
         return
     assert (media.video_codec, media.audio_codec) == ("h264", "aac")
     assert (media.size, media.rate, len(media.frames)) == ((96, 64), 24, FRAMES)

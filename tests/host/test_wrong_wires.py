@@ -4,6 +4,7 @@ import comfy_host
 import pytest
 import torch
 from graphs import Graph
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 comfy_host.import_comfyui()
@@ -226,3 +227,73 @@ def test_damaged_weights_are_named_before_the_encoder(comfy, small_models):
     assert "video VAE" in message
     assert "NaN" in message
     assert not list((comfy.base / "output").glob("broken*"))
+
+
+def with_nan(path, target, names):
+    weights = load_file(path)
+    for name in names:
+        weights[name] = torch.full_like(weights[name], float("nan"))
+    with safe_open(path, "pt") as file:
+        save_file(weights, target, metadata=file.metadata())
+    return target.name
+
+
+def test_damaged_backbone_is_named_by_the_sampler(comfy, small_models):
+    target = comfy.base / "models" / "diffusion_models" / "broken_backbone.safetensors"
+    name = with_nan(small_models["backbone"], target, ["backbone.head_audio.head.bias"])
+    graph = Graph()
+    model = graph.add("NavaLoadBackbone", file=name, weight_dtype="auto")
+    message = failure(
+        comfy, "NavaSampler", graph, graph.sampler(model, graph.prompt(graph.clip(comfy.names)), graph.latent())
+    )
+    assert "backbone" in message
+    assert "NaN" in message
+
+
+def test_damaged_audio_vae_is_named_by_the_decoder(comfy, small_models):
+    weights = load_file(small_models["audio_vae"])
+    bias = next(name for name in weights if name.startswith("vocoder.") and name.endswith("bias"))
+    name = with_nan(small_models["audio_vae"], comfy.base / "models" / "vae" / "broken_audio.safetensors", [bias])
+    graph = Graph()
+    vae = graph.add("NavaLoadAudioVAE", file=name, device="default")
+    message = failure(comfy, "NavaDecodeAudio", graph, graph.sound(graph.latent(), vae))
+    assert "audio VAE" in message
+    assert "NaN" in message
+
+
+def spans_of(graph, comfy, words):
+    span = graph.add(
+        "NavaSpeechSpan", words=words, speaker="A man", voice="", emotion="", pace="", position="",
+        timbre=voice(graph, comfy),
+    )  # fmt: skip
+    empty = dict.fromkeys(("visual", "dynamics", "camera", "audio"), "")
+    return graph.add("NavaStructuredPrompt", **empty, language="en", **{"spans.span0": span})
+
+
+def test_spans_of_another_prompt_are_refused(comfy):
+    graph = Graph()
+    spans = graph.of(spans_of(graph, comfy, "original words"), 1)
+    link = graph.prompt(graph.clip(comfy.names), "He says <S>edited words<E>", spans=spans)
+    message = failure(comfy, "NavaEncodePrompt", graph, link)
+    assert "“edited words”" in message
+    assert "“original words”" in message
+
+
+def test_structured_prompt_and_its_spans_go_together(comfy):
+    graph = Graph()
+    structured = spans_of(graph, comfy, "It's late,   friend.")
+    link = graph.prompt(graph.clip(comfy.names), structured, spans=graph.of(structured, 1))
+    show = graph.add("PreviewAny", source=graph.of(link, 1))
+    assert "voice 1" in comfy.ok(graph).text(show[0])
+
+
+@pytest.mark.parametrize(("text", "terms", "tokens"), [("", "none", None), ("", "sound, English", 20)])
+def test_negative_terms(comfy, text, terms, tokens):
+    graph = Graph()
+    link = graph.prompt(graph.clip(comfy.names), text, negative_terms=terms)
+    show = graph.add("PreviewAny", source=graph.of(link, 1))
+    report = comfy.ok(graph).text(show[0])
+    if tokens is None:
+        assert report.startswith("Empty")
+    else:
+        assert int(report.split(" ")[0]) > tokens
