@@ -69,18 +69,18 @@ def convert(
     if problem:
         raise WrongFileError(problem)
     target = Path(target)
-    _check_target(info, target, overwrite)
+    check_target(info, target, overwrite)
     plan = plan_tensors(info, DTYPES[dtype])
     header, offsets = _layout(plan, _metadata(info))
     total = len(header) + sum(tensor.nbytes for tensor in plan)
-    _check_space(target, total)
-    with _complete_or_absent(target) as file:
+    check_space(target, total)
+    with complete_or_absent(target) as file:
         file.write(header)
         _write_tensors(file, info, DTYPES[dtype], offsets, total, progress)
     return describe_file(target)
 
 
-def _check_target(info: FileInfo, target: Path, overwrite: bool) -> None:
+def check_target(info: FileInfo, target: Path, overwrite: bool) -> None:
     if target.is_dir():
         raise ValueError(f"{target} is a folder: give the name of the file to write in it.")
     if not target.parent.is_dir():
@@ -91,7 +91,7 @@ def _check_target(info: FileInfo, target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} is already there: give another name, or allow overwriting it.")
 
 
-def _check_space(target: Path, needed: int) -> None:
+def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise OSError(
@@ -140,7 +140,7 @@ def _write_tensors(
     done = 0
     with open_checkpoint(info) as source:
         for name, tensor in stream_tensors(source, dtype):
-            _check_finite(info, name, tensor, dtype)
+            check_finite(info, name, tensor, dtype)
             place, nbytes = places[name]
             file.seek(place)
             file.write(_raw(tensor))
@@ -149,7 +149,7 @@ def _write_tensors(
                 progress(done, total)
 
 
-def _check_finite(info: FileInfo, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+def check_finite(info: FileInfo, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     # float8 was checked when it was quantised. The extremes carry NaN, and need no memory of the tensor's size.
     if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or not tensor.numel():
         return
@@ -166,7 +166,7 @@ def _raw(tensor: torch.Tensor) -> memoryview | bytes:
 
 
 @contextlib.contextmanager
-def _complete_or_absent(target: Path):
+def complete_or_absent(target: Path):
     """A file to write beside ``target`` that takes its name when all went well, and else is removed."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

@@ -1,4 +1,4 @@
-"""`nava inspect` and `nava convert`: model files looked at, and a backbone written in another type."""
+"""`nava inspect` and `nava convert`: model files looked at; a backbone written in another type, a LoRA for ComfyUI."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ INSPECT_EXAMPLES = """examples:
   nava inspect models/ --json"""
 
 CONVERT = """Writes a NAVA backbone in another type, tensor by tensor, in the layout of the released files. TARGET is
-there when it is whole, or not at all. fp8: float8 with a scale a row for the blocks' matrices, bf16 for the rest."""
+there when it is whole, or not at all. fp8: float8 with a scale a row for the blocks' matrices, bf16 for the rest.
+
+Of a LoRA for NAVA, the layers are renamed as ComfyUI's LoRA loaders look for them; its type stays unless one is given.
+peft's adapter_config.json is read where it is beside SOURCE."""
 
 CONVERT_EXAMPLES = """examples:
   nava convert NAVA.safetensors NAVA_fp8.safetensors
-  nava convert last.ckpt NAVA_bf16.safetensors --dtype bf16"""
+  nava convert last.ckpt NAVA_bf16.safetensors --dtype bf16
+  nava convert trained/adapter_model.safetensors my_lora.safetensors"""
 
 
 def add_inspect_options(parser: argparse.ArgumentParser) -> None:
@@ -113,27 +117,39 @@ def _as_text(finding: dict[str, Any]) -> str:
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a NAVA backbone, .safetensors or .ckpt")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a NAVA backbone or LoRA, safetensors or torch")
     parser.add_argument("target", type=Path, metavar="TARGET", help="the .safetensors to write")
-    parser.add_argument("--dtype", default="fp8", choices=["fp8", "bf16", "fp16", "fp32"], help="its type (fp8)")
+    types = ["fp8", "bf16", "fp16", "fp32"]
+    parser.add_argument("--dtype", choices=types, help="its type (a backbone: fp8; a LoRA: as it is)")
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET where it is there")
 
 
 def run_convert(args: argparse.Namespace) -> int:
+    from ..checkpoint import FileKind, describe_file
     from ..convert import convert
+    from ..lora import convert_lora
 
+    is_lora = describe_file(args.source).kind is FileKind.LORA
+    write, dtype = (convert_lora, args.dtype) if is_lora else (convert, args.dtype or "fp8")
     progress = Progress()
-    progress.begin(f"Converting {args.source.name} to {args.dtype}", unit="%")
+    progress.begin(f"Converting {args.source.name} to {dtype or 'ComfyUI names'}", unit="%")
     try:
-        info = convert(args.source, args.target, dtype=args.dtype, overwrite=args.overwrite, progress=progress.step)
+        made = write(args.source, args.target, dtype=dtype, overwrite=args.overwrite, progress=progress.step)
     finally:
         progress.end()
-    progress.say(info.summary)
+    progress.say(made.summary)
     print(args.target)
     return 0
 
 
 COMMANDS = [
     Command("inspect", "say what model files are", INSPECT, INSPECT_EXAMPLES, add_inspect_options, run_inspect),
-    Command("convert", "write a backbone in another type", CONVERT, CONVERT_EXAMPLES, add_convert_options, run_convert),
+    Command(
+        "convert",
+        "write a backbone in another type, or a LoRA for ComfyUI",
+        CONVERT,
+        CONVERT_EXAMPLES,
+        add_convert_options,
+        run_convert,
+    ),
 ]
