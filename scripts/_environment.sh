@@ -81,6 +81,7 @@ environment_hash() {
     { printf '%s\n' "$@" "${TORCH[@]}"
       "$VENV/bin/python" --version
       cat "$ROOT/pyproject.toml" "$ROOT/requirements.txt"
+      if has_nvidia; then echo "NVIDIA GPU"; fi
     } 2>&1 | cksum
 }
 
@@ -110,6 +111,10 @@ has_nvidia() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 install_torch() {
     if has_nvidia; then
         say "Installing torch for the NVIDIA GPU (some minutes at first)."
+        # A CPU build from before there was a GPU would be taken for the one that is wanted.
+        if "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' >/dev/null 2>&1; then
+            "$VENV/bin/python" -m pip uninstall --yes torch torchaudio torchvision >>"$LOG" 2>&1
+        fi
     else
         say "Installing torch for the CPU (some minutes at first)."
         if [ "$(uname -m)" = x86_64 ] &&
@@ -119,6 +124,10 @@ install_torch() {
         : >"$LOG" # so that only the next failure is explained
     fi
     pip_install "${TORCH[@]}" || explain_pip torch
+    if has_nvidia && ! "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1; then
+        say "torch cannot use the NVIDIA GPU, most likely because its driver is older than torch's CUDA" \
+            "$("$VENV/bin/python" -c 'import torch; print(torch.version.cuda)'): update the driver; until then the CPU is used."
+    fi
 }
 
 # install_all NAME EXTRAS [COMFYUI]: torch, the pack with its extras, and ComfyUI's own requirements. Quick where all
