@@ -20,6 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import WrongFileError
 from .explain import explain, is_fatal
 from .jobs import Defaults, Job, LineError, parse_line, read_lines
 
@@ -82,20 +83,27 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Check:
-    """A batch file looked through before anything is loaded: how many lines, and which cannot be used."""
+    """A batch file looked through before anything is loaded: how many lines, which of them cannot be used and why, and
+    notes on lines."""
 
     lines: int
     problems: tuple[tuple[int, str], ...]
+    notes: tuple[tuple[int, str], ...] = ()
 
 
 def check_batch(source: str | os.PathLike, defaults: Defaults | None = None) -> Check:
-    """Read and check every line of a batch file, with the files it names looked for but not opened."""
-    lines, problems = 0, []
+    """Read and check every line of a batch file; the pictures and voices it names are read, but not decoded."""
+    lines, problems, notes, names = 0, [], [], _Names()
     for number, job in _jobs(Path(source), defaults or Defaults()):
         lines += 1
-        if isinstance(job, Exception):
-            problems.append((number, explain(job)))
-    return Check(lines, tuple(problems))
+        try:
+            if isinstance(job, Exception):
+                raise job
+            notes += [(number, warning) for warning in job.warnings]
+            names.claim(number, job)
+        except (ValueError, OSError) as error:
+            problems.append((number, explain(error)))
+    return Check(lines, tuple(problems), tuple(notes))
 
 
 def _jobs(source: Path, defaults: Defaults) -> Iterator[tuple[int, Job | Exception]]:
@@ -106,6 +114,22 @@ def _jobs(source: Path, defaults: Defaults) -> Iterator[tuple[int, Job | Excepti
                 yield number, raw if isinstance(raw, LineError) else parse_line(raw, folder, defaults)
             except (ValueError, OSError) as error:
                 yield number, error
+
+
+class _Names:
+    """The names of a batch's clips, each of them for one content."""
+
+    def __init__(self) -> None:
+        self.line_of: dict[str, tuple[int, str]] = {}  # file without regard to case: line and key
+
+    def claim(self, number: int, job: Job) -> tuple[str, str]:
+        """The clip's file and the job's key. Raises LineError where an earlier line gave the name to another clip."""
+        key = job.key()
+        name = job.name or f"{number:05d}-{key[:KEY_LENGTH]}"
+        line, other = self.line_of.setdefault(f"{name}{job.suffix}".casefold(), (number, key))
+        if other != key:
+            raise LineError(f"The id {name!r} is already that of line {line}: give every clip its own.")
+        return f"{name}{job.suffix}", key
 
 
 def run_batch(
@@ -125,16 +149,16 @@ def run_batch(
     ``Job.request()``, ``callback`` and returns a clip with ``save(path)``. A clip is named after the line's ``id``, or
     after its number and content. A line whose clip is there, made from the same content, is skipped, wherever the line
     stands now; the same content twice is made once, and a second ``id`` gets a link to it (a copy where links are not
-    possible). ``remake`` makes all again. ``models`` (names by role) are recorded, and a change since the last run is
-    noted.
+    possible). ``remake`` makes all again, each content once. ``models`` (names by role) are recorded, and a change
+    since the last run is noted.
 
-    A line that fails is recorded and the rest goes on. Raises what ``open_pipeline`` raises, OSError where the disk is
-    full, BlockingIOError where another batch is at work in ``folder``; KeyboardInterrupt goes through after the summary
-    is written.
+    A line that fails is recorded and the rest goes on. Raises what ``open_pipeline`` raises, and the same of models or
+    packages that turn out unusable in a clip; OSError where the disk is full, BlockingIOError where another batch is at
+    work in ``folder``; KeyboardInterrupt goes through after the summary is written.
     """
     source, folder = Path(source), Path(folder)
     defaults, watcher = defaults or Defaults(), watcher or Watcher()
-    total = check_batch(source, defaults).lines
+    total = sum(1 for _ in _jobs(source, defaults))
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder), _work_folder(folder) as work:
         report = Report(folder)
@@ -233,15 +257,16 @@ class _Run:
     debug: bool
     outcomes: list[Outcome] = field(default_factory=list)
     pipeline: Callable[..., Any] | None = None
-    line_of: dict[str, tuple[int, str]] = field(default_factory=dict)  # file without regard to case: line and key
+    names: _Names = field(default_factory=_Names)
     done: dict[str, int] = field(default_factory=dict)  # key: first line of this run that has its clip
+    made: dict[str, str] = field(default_factory=dict)  # key: file made in this run
 
     def line(self, number: int, job: Job | Exception, total: int) -> None:
         try:
             if isinstance(job, Exception):
                 raise job
             outcome = self._clip(number, job, total)
-        except _OpeningError as error:
+        except _ModelsError as error:
             raise error.__cause__ from None
         except Exception as error:  # whatever a line brings about, the rest goes on
             if self.debug:
@@ -263,50 +288,56 @@ class _Run:
         self.watcher.outcome(outcome)
 
     def _clip(self, number: int, job: Job, total: int) -> Outcome:
-        key = job.key()
-        file = f"{job.name or f'{number:05d}-{key[:KEY_LENGTH]}'}{job.suffix}"
-        self._claim(file, number, key)
+        file, key = self.names.claim(number, job)
         first = self.done.get(key)
         known = {"line": number, "key": key, "warnings": job.warnings, "duplicate_of": first}
-        if first is not None or not self.remake:
-            there = self._there(file, key, job)
-            if there is not None:
-                self.done.setdefault(key, number)
-                return Outcome(status=SKIPPED if first is None else DUPLICATE, file=there, **known)
-            twin = self.report.find(key)
-            if twin is not None:
-                self._link(twin, file)
-                self.done.setdefault(key, number)
-                return Outcome(status=DUPLICATE, file=file, size=self._size(file), **known)
+        there = self._there(file, key, job)
+        if there is not None:
+            self.done.setdefault(key, number)
+            return Outcome(status=SKIPPED if first is None else DUPLICATE, file=there, **known)
+        twin = self._find(key)
+        if twin is not None:
+            self._link(twin, file)
+            self.done.setdefault(key, number)
+            return Outcome(status=DUPLICATE, file=file, size=self._size(file), **known)
         return self._make(number, job, total, file, key)
-
-    def _claim(self, file: str, number: int, key: str) -> None:
-        line, other = self.line_of.setdefault(file.casefold(), (number, key))
-        if other != key:
-            raise LineError(f"The id {Path(file).stem!r} is already that of line {line}: give every clip its own.")
 
     def _there(self, file: str, key: str, job: Job) -> str | None:
         """The file that already holds this job's clip and needs no other name."""
-        if self.report.has(file, key):
-            return file
-        if job.name:
-            return None
-        if (self.folder / file).is_file():  # its name holds the key: the report was lost, or a kill came in between
-            return file
-        return self.report.find(key)
+        if not self.remake:
+            if self.report.has(file, key):
+                return file
+            # its name holds the key: the report was lost, or a kill came in between
+            if not job.name and (self.folder / file).is_file():
+                return file
+        found = self._find(key)
+        return found if found == file or not job.name else None
+
+    def _find(self, key: str) -> str | None:
+        """A whole clip of this content, under ``remake`` one of this run."""
+        if not self.remake:
+            return self.report.find(key)
+        made = self.made.get(key)
+        return made if made is not None and self.report.has(made, key) else None
 
     def _make(self, number: int, job: Job, total: int, file: str, key: str) -> Outcome:
         if self.pipeline is None:
             try:
                 self.pipeline = self.open_pipeline()
             except Exception as error:
-                raise _OpeningError from error
+                raise _ModelsError from error
         self.watcher.clip(number, len(self.outcomes), total, job)
         start = time.monotonic()
-        clip = self.pipeline(**job.request(), callback=self.watcher.step)
-        clip.save(self.work / file)
+        try:
+            clip = self.pipeline(**job.request(), callback=self.watcher.step)
+            clip.save(self.work / file)
+        except Exception as error:
+            if _is_the_models(error, job):
+                raise _ModelsError from error
+            raise
         self._move_into_place(file)
         self.done.setdefault(key, number)
+        self.made[key] = file
         warnings = (*job.warnings, *(w for w in getattr(clip, "warnings", ()) if w not in job.warnings))
         took = round(time.monotonic() - start, 3)
         return Outcome(number, MADE, file, key, self._size(file), took, warnings=warnings)
@@ -324,13 +355,24 @@ class _Run:
         except OSError:
             shutil.copy2(self.folder / existing, part)
         self._move_into_place(file)
+        part.unlink(missing_ok=True)  # a system leaves it there where both names are links to one file already
 
     def _size(self, file: str) -> int:
         return (self.folder / file).stat().st_size
 
 
-class _OpeningError(Exception):
-    """The models could not be loaded, which is no line's fault."""
+class _ModelsError(Exception):
+    """The models could not be loaded or used, which is no line's fault; the cause says why."""
+
+
+def _is_the_models(error: Exception, job: Job) -> bool:
+    """Whether a clip failed for a model file, tokenizer or package that is missing or wrong, so that all others would.
+
+    A file that was not found is one of theirs while the job's own are all there.
+    """
+    if isinstance(error, FileNotFoundError):
+        return all(path.is_file() for path in (job.image, *job.voices) if path is not None)
+    return isinstance(error, (WrongFileError, ImportError)) or isinstance(error.__cause__, ImportError)
 
 
 def _free_memory() -> None:

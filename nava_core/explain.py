@@ -6,6 +6,7 @@ import errno
 
 MAX_LENGTH = 600
 OWN_WORDS = (ValueError, RuntimeError, ArithmeticError, FileNotFoundError, FileExistsError)
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory: you tried to allocate")  # of a CPU
 FATAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -16,12 +17,12 @@ def explain(error: BaseException) -> str:
             "The GPU has too little free memory for this clip: make it smaller or shorter, use fp8 weights "
             "(--dtype fp8), or free the memory other programs hold."
         )
-    if isinstance(error, MemoryError):
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(words in text.lower() for words in NO_MEMORY):
         return "The machine has too little free memory for this clip: make it smaller or shorter, or use --dtype bf16."
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         return f"The Python package {package} is not installed: run `pip install .[standalone]` in the pack's folder."
-    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     elif not text or not isinstance(error, (*OWN_WORDS, OSError, ImportError)):

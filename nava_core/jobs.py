@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,14 +15,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .geometry import MODES, PRESETS, ClipGeometry
+from .geometry import FPS, MODES, PRESETS, ClipGeometry
 from .prompt import bind_voices, default_negative, parse_spans
 from .sampling import Guidance
 
 MAX_LINE = 1 << 20  # bytes
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 1000
-MAX_SECONDS = 60.0
+MIN_SECONDS, MAX_SECONDS = 1 / FPS, 60.0
+MIN_SHIFT, MAX_SHIFT = 0.01, 100.0
 MAX_NAME = 150  # bytes of an output's name without its ending; file systems allow 255
 DEFAULT_SIZE = next(iter(PRESETS.values()))
 BUILT_IN = "default"  # as a negative prompt
@@ -43,7 +45,7 @@ KEYS = (
     "id",
     "name",
 )
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|[^\\/])")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
 _NOT_IN_NAMES = re.compile(r'[\\/:*?"<>|]')
 
 
@@ -56,7 +58,8 @@ class Defaults:
     """What a line that says nothing about it gets. ``size`` None: the first frame's bucket, or 1280x704.
 
     ``negative`` "default" stands for the built-in words that suit the clip's mode, empty for the trained null.
-    ``scales`` are the fields of ``Guidance`` that differ from what the pipeline would choose itself.
+    ``scales`` are the fields of ``Guidance`` that differ from what the pipeline would choose itself. Raises LineError
+    for seconds or a shift out of bounds.
     """
 
     seconds: float = 6.0
@@ -67,6 +70,11 @@ class Defaults:
     shift: float = 5.0
     negative: str = ""
     scales: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_seconds(self.seconds)
+        if not MIN_SHIFT <= self.shift <= MAX_SHIFT:
+            raise LineError(f"The shift must be from {MIN_SHIFT:g} to {MAX_SHIFT:g}; got {self.shift:g}.")
 
 
 @dataclass(frozen=True)
@@ -183,8 +191,7 @@ def make_job(
         raise LineError("An audio-only clip has no first frame: leave out the image, or make a clip with picture.")
     if mode == "video" and any(voices):
         raise LineError("A picture-only clip has no voices: leave them out, or make a clip with sound.")
-    if seconds > MAX_SECONDS:
-        raise LineError(f"{seconds:g} seconds is too long: a clip has at most {MAX_SECONDS:g}, and 10 suit the model.")
+    _check_seconds(seconds)
     geometry = ClipGeometry(seconds, *(size or DEFAULT_SIZE), mode)
     negative = _or(negative, defaults.negative)
     if negative == BUILT_IN:
@@ -208,6 +215,13 @@ def make_job(
         name=name,
         warnings=tuple(warnings),
     )
+
+
+def _check_seconds(seconds: float) -> None:
+    if seconds > MAX_SECONDS:
+        raise LineError(f"{seconds:g} seconds is too long: a clip has at most {MAX_SECONDS:g}, and 10 suit the model.")
+    if not seconds >= MIN_SECONDS:
+        raise LineError(f"{seconds:g} seconds is too short: a clip has at least one frame, 1/{FPS} of a second.")
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -242,7 +256,7 @@ def existing_file(text: str, folder: Path, what: str) -> Path:
         raise LineError(f"The {what} {text!r} is an address: download it and give the file's path.")
     if not text or "\0" in text:
         raise LineError(f"The {what} is no path: give a file, or leave it out.")
-    path = Path(os.path.abspath(folder / Path(text).expanduser()))
+    path = Path(os.path.abspath(folder / os.path.expanduser(text)))  # "~nobody" stays as it is
     if path.is_dir():
         raise LineError(f"The {what} {path} is a folder: give the file in it.")
     if not path.is_file():
@@ -306,7 +320,7 @@ def parse_line(raw: bytes, folder: Path, defaults: Defaults) -> Job:
         voices=[None if v is None else existing_file(v, folder, "voice") for v in read("spk_wavs", _voices) or ()],
         seconds=read("seconds", _number),
         size=None if width is None else (width, height),
-        mode=_mode(read("audio_only", _flag), read("video_only", _flag)),
+        mode=_mode(read("audio_only", _flag), read("video_only", _flag), defaults.mode),
         seed=read("seed", _seed),
         steps=read("steps", _steps),
         negative=read("negative", _text),
@@ -370,9 +384,12 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise ValueError("a number above 0")
-    return float(value)
+    if not isinstance(value, bool) and isinstance(value, (int, float)):
+        with contextlib.suppress(OverflowError):  # a whole number of hundreds of digits
+            number = float(value)
+            if math.isfinite(number) and number > 0:
+                return number
+    raise ValueError("a number above 0")
 
 
 def _whole(value: Any, lowest: int = 1, highest: int = 1 << 16) -> int:
@@ -410,9 +427,11 @@ def _name(value: Any) -> str:
     return checked_name(_text(value))
 
 
-def _mode(audio_only: bool | None, video_only: bool | None) -> str | None:
+def _mode(audio_only: bool | None, video_only: bool | None, default: str) -> str:
+    """The clip's mode; a flag that is false turns off the default of its own name only."""
     if audio_only and video_only:
         raise LineError("audio_only and video_only exclude each other: set one of them.")
-    if audio_only is None and video_only is None:
-        return None
-    return "audio" if audio_only else "video" if video_only else MODES[0]
+    if audio_only or video_only:
+        return "audio" if audio_only else "video"
+    turned_off = {"audio": audio_only, "video": video_only}.get(default) is False
+    return MODES[0] if turned_off else default

@@ -28,11 +28,16 @@ from .checkpoint import (
     load_backbone,
 )
 from .components import (
+    audio_vae_part,
+    check_packages,
     denormalize_video,
+    holds,
     load_audio_vae,
+    load_problem,
     load_text_encoder,
     load_tokenizer,
     load_video_vae,
+    memory_bytes,
     normalize_video,
 )
 from .components.weights import need
@@ -48,7 +53,7 @@ from .geometry import (
     cover_crop,
 )
 from .media import fit_length, mux, read_audio, read_image, write_wav
-from .prompt import PromptTokenizer, TokenizedPrompt, bind_voices, timbre_inputs
+from .prompt import TokenizedPrompt, bind_voices, timbre_inputs
 from .sampling import Guidance, Interrupted, denoise, flow_sigmas
 from .timbre import check_voice, encode_timbre, load_redimnet
 
@@ -102,8 +107,11 @@ class ModelFiles:
             if path is None:
                 continue
             info = describe_file(path)
-            if not _holds(info, kinds):
+            if not holds(info, kinds):
                 raise WrongFileError(explain_wrong_file(info, kinds[0]))
+            problem = load_problem(audio_vae_part(info) if role == "audio_vae" else info)
+            if problem:
+                raise WrongFileError(problem)
         if self.tokenizer is not None and not self.tokenizer.is_dir():
             raise FileNotFoundError(f"There is no tokenizer folder {self.tokenizer}: check the name.")
 
@@ -124,10 +132,6 @@ def find_model_files(folder: str | os.PathLike, **chosen: str | os.PathLike) -> 
     found = {role: chosen.get(role) or _only(role, infos, folder) for role in KINDS}
     tokenizer = chosen.get("tokenizer") or _find_tokenizer(Path(found["text_encoder"]), folder)
     return ModelFiles(**found, tokenizer=tokenizer)
-
-
-def _holds(info: FileInfo, kinds: Sequence[FileKind]) -> bool:
-    return not {info.kind, *info.parts}.isdisjoint(kinds)
 
 
 def _model_paths(folder: Path) -> Iterator[Path]:
@@ -153,7 +157,7 @@ def _model_paths(folder: Path) -> Iterator[Path]:
 def _only(role: str, infos: Sequence[FileInfo], folder: Path) -> Path | None:
     """The one file for a role; a file that is this kind goes before a larger one that holds it as a part."""
     kinds = KINDS[role]
-    fitting = [i for i in infos if i.kind in kinds] or [i for i in infos if _holds(i, kinds)]
+    fitting = [i for i in infos if i.kind in kinds] or [i for i in infos if holds(i, kinds)]
     if len(fitting) == 1 or (not fitting and role in OPTIONAL):
         return fitting[0].path if fitting else None
     if fitting:
@@ -246,7 +250,7 @@ class NavaPipeline:
         self.say = say
         self.keep_loaded = keep_loaded
         self._kept: dict[str, torch.nn.Module] = {}
-        self._tokenizer: PromptTokenizer | None = None
+        self._tokenizer = load_tokenizer(files.text_encoder, files.tokenizer)
 
     @classmethod
     def from_files(
@@ -258,9 +262,9 @@ class NavaPipeline:
         say: Callable[[str], None] | None = None,
         keep_loaded: bool = False,
     ) -> NavaPipeline:
-        """A pipeline over ``files``, of which only the headers are read yet.
+        """A pipeline over ``files``, of which only the headers and the tokenizer are read yet.
 
-        ``device``: where the models work; None for the first GPU, or the CPU where there is none. ``dtype``: what the
+        ``device``: where the models work, as :func:`choose_device` takes it. ``dtype``: what the
         backbone and the video VAE compute in; None for bfloat16 on a GPU (float8 weights stay float8), and on the CPU
         for the backbone's own type and a float32 VAE; float8_e4m3fn makes the backbone's weights float8. ``say`` is
         told in short sentences what is going on.
@@ -269,12 +273,13 @@ class NavaPipeline:
         long as the others fit beside it. Otherwise a component is dropped after its work and read again for the next
         clip; ``keep_loaded`` keeps all of them in RAM instead, which suits a batch on a machine with much RAM.
 
-        Raises FileNotFoundError and WrongFileError, in a sentence, for files that are not what they should be.
+        Raises, in a sentence, FileNotFoundError and WrongFileError for files that are not what they should be or a
+        missing tokenizer, RuntimeError for a missing package, ValueError for a device that is not there.
         """
+        device = choose_device(device)
         files.check()
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(files, torch.device(device), dtype, say or _say_nothing, keep_loaded)
+        check_packages()
+        return cls(files, device, dtype, say or _say_nothing, keep_loaded)
 
     def unload(self) -> None:
         """Give back all memory; the next clip loads its components again."""
@@ -323,7 +328,7 @@ class NavaPipeline:
         geometry = clip_geometry(seconds, width, height, mode, picture, size_from_image)
         sigmas = flow_sigmas(steps, shift)
         tokens, report = self._tokenize(prompt, voices, assignment)
-        negative_tokens = self._tokenizer_of_text(negative) if negative.strip() else None
+        negative_tokens = self._tokenizer(negative) if negative.strip() else None
         warnings = [*geometry.warnings, *([report] if tokens is not None and tokens.is_cut else [])]
 
         _check_stop(stop)
@@ -373,13 +378,8 @@ class NavaPipeline:
                     "Voices were given but the prompt is empty: write the words to be said as <S>words<E>."
                 )
             return None, "Empty: the null the model was trained with."
-        tokens = self._tokenizer_of_text(prompt)
+        tokens = self._tokenizer(prompt)
         return tokens, tokens.report(bind_voices(tokens.spans, voices, assignment))
-
-    def _tokenizer_of_text(self, text: str) -> TokenizedPrompt:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.files.text_encoder, self.files.tokenizer)
-        return self._tokenizer(text)
 
     def _encode_voices(self, voices: Sequence[Voice], warnings: list[str]) -> list[torch.Tensor]:
         """(1, 192) for each voice; what weakens one is added to ``warnings``. Small, so it runs on the CPU."""
@@ -495,8 +495,10 @@ class NavaPipeline:
         return self.dtype or (None if as_it_is else torch.bfloat16)
 
     def _weight_bytes(self, role: str) -> int:
-        dtypes = {"backbone": self._backbone_dtype, "video_vae": self._vae_dtype, "audio_vae": torch.float32}
-        return estimate_memory(describe_file(getattr(self.files, role)), dtypes.get(role))
+        info = describe_file(getattr(self.files, role))
+        if role == "audio_vae":
+            return memory_bytes(audio_vae_part(info))
+        return estimate_memory(info, {"backbone": self._backbone_dtype, "video_vae": self._vae_dtype}.get(role))
 
     def _make_room(self, needed: int) -> bool:
         """Whether ``needed`` bytes are free on a GPU, once the backbone has left it if need be; True on the CPU."""
@@ -510,6 +512,32 @@ class NavaPipeline:
 
 
 # ---------------------------------------------------------------- parts
+
+
+def choose_device(name: torch.device | str | None = None) -> torch.device:
+    """Where the models work: "cpu", "cuda", "cuda:1", "mps" or "xpu"; None for a GPU of CUDA, or else the CPU.
+
+    Raises ValueError, in a sentence, for a device that is not there, or that the models do not run on.
+    """
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count() if hasattr(torch, "xpu") and torch.xpu.is_available() else 0,
+    }
+    if name is None:
+        return torch.device("cuda" if counts["cuda"] else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.index or 0) >= counts.get(device.type, 0):
+        there = [f"{kind}:0 to {kind}:{count - 1}" if count > 1 else kind for kind, count in counts.items() if count]
+        raise ValueError(
+            f"There is no device {name} here that the models could work on: use {' or '.join(there)}, or a torch build "
+            "that knows your GPU."
+        )
+    return device
 
 
 def default_guidance(has_image: bool, has_voice: bool) -> Guidance:

@@ -77,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
     if not check.lines:
         raise UsageError(f"{args.file} has no lines: a line is one clip.")
     progress = Progress()
-    _show_problems(check, progress)
+    _show_problems(check, progress, check.lines if args.check else SHOWN_PROBLEMS)
     if args.check:
+        for number, note in check.notes:
+            progress.say(f"  line {number}: note: {note}")
         print(f"{check.lines - len(check.problems)} of {_lines(check.lines)} can be used.")
         return 1 if check.problems else 0
     folder = writable_folder(args.out)
@@ -104,14 +106,14 @@ def run(args: argparse.Namespace) -> int:
     return 1 if result.failures else 0
 
 
-def _show_problems(check: Any, progress: Progress) -> None:
+def _show_problems(check: Any, progress: Progress, most: int) -> None:
     if not check.problems:
         return
     progress.say(f"{len(check.problems)} of {_lines(check.lines)} cannot be used:")
-    for number, problem in check.problems[:SHOWN_PROBLEMS]:
+    for number, problem in check.problems[:most]:
         progress.say(f"  line {number}: {problem}")
-    if len(check.problems) > SHOWN_PROBLEMS:
-        progress.say(f"  and {len(check.problems) - SHOWN_PROBLEMS} more, see the report")
+    if len(check.problems) > most:
+        progress.say(f"  and {len(check.problems) - most} more, see the report")
 
 
 def _keep_loaded(args: argparse.Namespace, files: Any) -> bool:

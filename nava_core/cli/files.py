@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def add_inspect_options(parser: argparse.ArgumentParser) -> None:
 
 def run_inspect(args: argparse.Namespace) -> int:
     paths = [path for given in args.files for path in _model_files(given)]
+    if not paths:
+        raise UsageError(f"There is no model file in {', '.join(map(str, args.files))} ({', '.join(MODEL_SUFFIXES)}).")
     findings = [_finding(path) for path in paths]
     for finding in findings:
         print(json.dumps(finding, ensure_ascii=False) if args.json else _as_text(finding))
@@ -50,21 +53,29 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def _model_files(path: Path) -> list[Path]:
+    """A file itself, or the model files in a folder and below it, links followed."""
     if not path.exists():
         raise UsageError(f"There is no {path}: give a model file or a folder with some.")
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in MODEL_SUFFIXES and file.is_file())
-    if not found:
-        raise UsageError(f"There is no model file in {path} ({', '.join(MODEL_SUFFIXES)}).")
-    return found
+    found, seen = [], set()
+    for here, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # two ways lead here, or a ring
+            folders.clear()
+            continue
+        seen.add(real)
+        files = (Path(here, name) for name in names if name.lower().endswith(MODEL_SUFFIXES))
+        found += [file for file in files if file.is_file()]
+    return sorted(found)
 
 
 def _finding(path: Path) -> dict[str, Any]:
     from ..checkpoint import describe_file, estimate_memory
+    from ..pipeline import load_problem, memory_bytes
 
     info = describe_file(path)
-    problem = _problem(info)
+    problem = load_problem(info)
     finding = {
         "file": str(path),
         "kind": info.kind.value,
@@ -72,7 +83,7 @@ def _finding(path: Path) -> dict[str, Any]:
         "size_bytes": info.size,
         "loads": problem is None,
         "problem": problem,
-        "memory_bytes": estimate_memory(info) if info.is_readable else 0,
+        "memory_bytes": memory_bytes(info) if info.is_readable else 0,
     }
     if info.is_backbone and problem is None:
         import torch
@@ -80,25 +91,6 @@ def _finding(path: Path) -> dict[str, Any]:
         finding["memory_bytes_bf16"] = estimate_memory(info, torch.bfloat16)
         finding["memory_bytes_fp8"] = estimate_memory(info, torch.float8_e4m3fn)
     return finding
-
-
-def _problem(info: Any) -> str | None:
-    """Why NAVA would not load the file, None where it would."""
-    from ..checkpoint import FileKind, backbone_problem, explain_wrong_file
-    from ..prompt.umt5 import UMT5Config, from_makers_names
-
-    if info.is_backbone:
-        return backbone_problem(info)
-    if info.kind in (FileKind.UMT5, FileKind.UMT5_ORIGINAL):
-        shapes = {name: tensor.shape for name, tensor in info.model_tensors.items()}
-        try:
-            UMT5Config.from_shapes(from_makers_names(shapes) if info.kind is FileKind.UMT5_ORIGINAL else shapes)
-        except ValueError as error:
-            return str(error)
-        return None
-    if info.kind in (FileKind.WAN22_VAE, FileKind.LTX_AUDIO_VAE, FileKind.REDIMNET, FileKind.TAE):
-        return None
-    return explain_wrong_file(info, "a file of NAVA's (backbone, umt5, Wan2.2 VAE, LTX audio VAE, ReDimNet)")
 
 
 def _as_text(finding: dict[str, Any]) -> str:
@@ -129,6 +121,8 @@ def run_convert(args: argparse.Namespace) -> int:
     from ..convert import convert
     from ..lora import convert_lora
 
+    if args.target.suffix.lower() != ".safetensors":
+        raise UsageError(f"What is written is safetensors: name it {args.target.stem}.safetensors.")
     is_lora = describe_file(args.source).kind is FileKind.LORA
     write, dtype = (convert_lora, args.dtype) if is_lora else (convert, args.dtype or "fp8")
     progress = Progress()

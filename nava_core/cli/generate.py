@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         clip = pipeline(**job.request(), callback=progress.step)
     finally:
         progress.end()
+    target.parent.mkdir(parents=True, exist_ok=True)
     clip.save(target)
     for line in report_lines(clip):
         progress.say(line)
@@ -132,14 +133,15 @@ def _target(args: argparse.Namespace, suffix: str) -> Path:
         raise UsageError(f"--out: this clip is written as {suffix}: name it {target.stem}{suffix}.")
     if target.exists() and not args.overwrite:
         raise UsageError(f"--out: {target} is already there: give another name, or --overwrite.")
-    writable_folder(target.parent).mkdir(parents=True, exist_ok=True)
+    writable_folder(target.parent)
     return target
 
 
 def report_lines(clip: Any) -> list[str]:
-    """What the pipeline reports of a clip, a line each."""
-    report = getattr(clip, "report", None)
-    return [line for line in str(report).splitlines() if line.strip()] if report else []
+    """What the pipeline reports of a clip, a line each; none where it was a warning, which has been said."""
+    if clip.report in clip.warnings:
+        return []
+    return [line for line in clip.report.splitlines() if line.strip()]
 
 
 COMMANDS = [Command("generate", "make one clip", DESCRIPTION, EXAMPLES, add_options, run)]

@@ -110,7 +110,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=["auto", *DTYPES],
-        help="type of the backbone's weights; auto: as in the file",
+        help="type of the backbone's weights; auto: bf16 on a GPU, as in the file on a CPU; fp8 files stay fp8; "
+        "also for the video VAE",
     )
 
 
@@ -159,24 +160,14 @@ def pipeline_opener(
     return lambda: opener(files, device=device, dtype=dtype, say=say, keep_loaded=keep_loaded)
 
 
-def device_of(args: argparse.Namespace) -> str | None:
-    """None for the pipeline's own choice. Raises UsageError for a device this machine or torch has not."""
-    import torch
+def device_of(args: argparse.Namespace) -> Any:
+    """The torch device of --device. Raises UsageError for one that this machine or torch has not."""
+    from ..pipeline import choose_device
 
-    if args.device == "auto":
-        return None
     try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        raise UsageError(f"--device: {args.device!r} is no device: use auto, cpu, cuda, cuda:1 or mps.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device: there is no {args.device} here (this torch sees {torch.cuda.device_count()} GPUs): "
-            "use another device, or a torch build for your GPU."
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device: there is no mps here: use cpu.")
-    return str(device)
+        return choose_device(None if args.device == "auto" else args.device)
+    except ValueError as error:
+        raise UsageError(f"--device: {error}") from None
 
 
 def dtype_of(args: argparse.Namespace) -> Any:
@@ -215,7 +206,7 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
 
 
 def defaults_of(args: argparse.Namespace) -> Any:
-    """``Defaults`` of the command's options; the size is checked. Raises UsageError."""
+    """``Defaults`` of the command's options, checked. Raises UsageError."""
     from ..geometry import ClipGeometry
     from ..jobs import Defaults
 
@@ -226,9 +217,9 @@ def defaults_of(args: argparse.Namespace) -> Any:
     try:
         if args.size is not None:
             ClipGeometry(args.seconds, *args.size)
+        return Defaults(args.seconds, args.size, mode, args.seed, args.steps, args.shift, args.negative, scales)
     except ValueError as error:
-        raise UsageError(f"--size: {error}") from None
-    return Defaults(args.seconds, args.size, mode, args.seed, args.steps, args.shift, args.negative, scales)
+        raise UsageError(str(error)) from None
 
 
 def writable_folder(path: Path) -> Path:

@@ -4,19 +4,32 @@ They are read from the files that the nodes take, through transformers' and diff
 imported where a component is loaded), and nothing is fetched.
 """
 
-from .audio_vae import AudioVAE, load_audio_vae
+from .audio_vae import AudioVAE, audio_vae_part, diffusers_classes, load_audio_vae
+from .header_check import load_problem, memory_bytes
 from .latent_space import denormalize_video, normalize_video
 from .text_encoder import TextEncoder, load_text_encoder, load_tokenizer
 from .video_vae import VideoVAE, load_video_vae
+from .weights import holds, need
 
 __all__ = [
     "AudioVAE",
     "TextEncoder",
     "VideoVAE",
+    "audio_vae_part",
+    "check_packages",
     "denormalize_video",
+    "holds",
     "load_audio_vae",
+    "load_problem",
     "load_text_encoder",
     "load_tokenizer",
     "load_video_vae",
+    "memory_bytes",
     "normalize_video",
 ]
+
+
+def check_packages() -> None:
+    """Raise RuntimeError, in a sentence, where a package that the components are built with is missing or too old."""
+    need("transformers", "The text encoder")
+    diffusers_classes()

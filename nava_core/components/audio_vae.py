@@ -6,9 +6,11 @@ for each of the 128 values of a time step are applied here.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -57,17 +59,41 @@ class AudioVAE(nn.Module):
 def load_audio_vae(path: str | os.PathLike | FileInfo, *, device: torch.device | str = "cpu") -> AudioVAE:
     """The decoding half of the LTX-2.3 audio VAE with its vocoder, in fp32 as the vocoder needs.
 
-    Raises FileNotFoundError, WrongFileError for another file, one without configuration or an incomplete one,
-    RuntimeError where diffusers is not installed or too old.
+    Read from its own file, or out of a checkpoint that holds it beside other models. Raises FileNotFoundError,
+    WrongFileError for another file, one without configuration or an incomplete one, RuntimeError where diffusers is not
+    installed or too old.
     """
-    info = recognised(path, FileKind.LTX_AUDIO_VAE)
-    config = _configuration(info)
-    decoder, vocoder = _build(vae_config(config["audio_vae"]), vocoder_config(config["vocoder"], info.path.name))
+    info = audio_vae_part(recognised(path, FileKind.LTX_AUDIO_VAE))
+    decoder, vocoder = _build(*audio_vae_config(info))
     with open_checkpoint(info) as source:
         fill(decoder, _tensors(source, f"{VAE_PREFIX}decoder."), info.path.name)
         fill(vocoder, ((vocoder_name(n), t) for n, t in _tensors(source, VOCODER_PREFIX)), info.path.name)
         mean, std = (_statistics(source, name) for name in (MEAN, STD))
     return AudioVAE(decoder, vocoder, mean, std).eval().requires_grad_(False).to(device)
+
+
+def audio_vae_part(info: FileInfo) -> FileInfo:
+    """``info`` as of a file with nothing but its audio VAE and vocoder, which have no prefix wherever they are."""
+    tensors = {n: tensor for n, tensor in info.tensors.items() if n.startswith((VAE_PREFIX, VOCODER_PREFIX))}
+    return replace(info, kind=FileKind.LTX_AUDIO_VAE, prefix="", detail="", tensors=tensors)
+
+
+def audio_vae_config(info: FileInfo) -> tuple[dict, dict]:
+    """The arguments of diffusers' classes for the VAE and for the vocoder of a file, read off its header.
+
+    Raises WrongFileError for one without configuration or statistics, or of another build.
+    """
+    missing = [VAE_PREFIX + name for name in (MEAN, STD) if VAE_PREFIX + name not in info.tensors]
+    if missing:
+        raise WrongFileError(f"{info.path.name} is incomplete: the tensor {missing[0]} is missing; download it again.")
+    config = _configuration(info)
+    try:
+        return vae_config(config["audio_vae"]), vocoder_config(config["vocoder"], info.path.name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WrongFileError(
+            f"{info.path.name} has a configuration of another form in its metadata ({error}): "
+            "choose ltx-2.3-22b-dev_audio_vae.safetensors as released."
+        ) from error
 
 
 def vae_config(config: Mapping) -> dict:
@@ -166,17 +192,26 @@ def _generator(config: Mapping, file_name: str) -> dict:
     }
 
 
-def _build(vae: dict, vocoder: dict) -> tuple[nn.Module, nn.Module]:
-    """The VAE's decoder, without memory yet, and the vocoder, whose resampling filter is made, not loaded."""
+def diffusers_classes() -> tuple[type, type]:
+    """diffusers' classes of the audio VAE and its vocoder; raises RuntimeError where it is missing or too old."""
     diffusers = need("diffusers", "The audio VAE")
-    pipelines = need("diffusers.pipelines.ltx2", "The audio VAE")
-    build_vae = getattr(diffusers, "AutoencoderKLLTX2Audio", None)
-    build_vocoder = getattr(pipelines, "LTX2VocoderWithBWE", None)
-    if build_vae is None or build_vocoder is None:
+    try:
+        pipelines = importlib.import_module("diffusers.pipelines.ltx2")
+    except ImportError:
+        pipelines = None
+    vae = getattr(diffusers, "AutoencoderKLLTX2Audio", None)
+    vocoder = getattr(pipelines, "LTX2VocoderWithBWE", None)
+    if vae is None or vocoder is None:
         raise RuntimeError(
             f"The audio VAE needs diffusers {FIRST_DIFFUSERS} or later, {diffusers.__version__} is installed: "
             "run `pip install --upgrade diffusers`."
         )
+    return vae, vocoder
+
+
+def _build(vae: dict, vocoder: dict) -> tuple[nn.Module, nn.Module]:
+    """The VAE's decoder, without memory yet, and the vocoder, whose resampling filter is made, not loaded."""
+    build_vae, build_vocoder = diffusers_classes()
     with torch.device("meta"):
         decoder = build_vae(**vae).decoder
     return decoder, build_vocoder(**vocoder)
@@ -190,8 +225,4 @@ def _tensors(source: TensorSource, prefix: str) -> Iterator[tuple[str, torch.Ten
 
 def _statistics(source: TensorSource, name: str) -> torch.Tensor:
     """(8, 1, 16): the file has one row, channel-major."""
-    if VAE_PREFIX + name not in source:
-        raise WrongFileError(
-            f"{source.info.path.name} is incomplete: the tensor {VAE_PREFIX + name} is missing; download it again."
-        )
     return source.read(VAE_PREFIX + name).float().view(AUDIO_CHANNELS, 1, AUDIO_BINS)

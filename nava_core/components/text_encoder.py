@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoint import FileInfo, FileKind, TensorSource, WrongFileError, open_checkpoint
 from ..prompt import PromptTokenizer
 from ..prompt.umt5 import UMT5Config, from_makers_names, has_makers_names
-from .weights import fill, need, recognised
+from .weights import fill, need, recognised, shapes_of
 
 SPIECE = "spiece_model"  # the tensor that holds the tokenizer in ComfyUI's files
 SCALES = (".scale_weight", ".weight_scale")  # of scaled fp8, one fp32 number a matrix
@@ -99,11 +99,7 @@ def load_text_encoder(path: str | os.PathLike | FileInfo, *, device: torch.devic
     not installed.
     """
     info = recognised(path, FileKind.UMT5, FileKind.UMT5_ORIGINAL)
-    names = _names(info)
-    try:
-        config = UMT5Config.from_shapes({new: info.model_tensors[old].shape for old, new in names.items()})
-    except ValueError as error:
-        raise WrongFileError(f"{info.path.name}: {error}") from None
+    config, names = text_encoder_config(info), _names(info)
     scales = {old: scale for old in names if (scale := _scale_of(old, info))}
     network = _network(config, {names[old] for old in scales})
     with open_checkpoint(info) as source:
@@ -112,14 +108,20 @@ def load_text_encoder(path: str | os.PathLike | FileInfo, *, device: torch.devic
     return TextEncoder(network).eval().requires_grad_(False)
 
 
+def text_encoder_config(info: FileInfo) -> UMT5Config:
+    """The dimensions of a umt5 file, read off its header; raises WrongFileError for an incomplete one."""
+    shapes = shapes_of(info)
+    try:
+        return UMT5Config.from_shapes({new: shapes[old] for old, new in _names(info).items()})
+    except ValueError as error:
+        raise WrongFileError(f"{info.path.name}: {error}") from None
+
+
 def _names(info: FileInfo) -> dict[str, str]:
     """The encoder's tensors: name in the file -> transformers' name."""
     tensors = info.model_tensors
     if has_makers_names(tensors):
-        try:
-            return {old: new for new, old in from_makers_names({name: name for name in tensors}).items()}
-        except ValueError as error:
-            raise WrongFileError(f"{info.path.name}: {error}") from None
+        return {old: new for new, old in from_makers_names({name: name for name in tensors}).items()}
     names = {name: name for name in tensors if name == EMBEDDING or name.startswith("encoder.")}
     names = {name: name for name in names if name.endswith(".weight")}
     tied = names.pop("encoder.embed_tokens.weight", None)  # transformers saves one of the two, or both

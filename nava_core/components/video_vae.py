@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checkpoint import FileInfo, FileKind, WrongFileError, open_checkpoint
 from ..geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VIDEO_CHANNELS, frames_of_latents
-from .weights import fill, need, recognised
+from .weights import fill, need, recognised, shapes_of
 
 PATCH = 2  # pixels a side that the VAE folds into channels before its first layer
 # What a decode holds at its peak, beside workspaces: tensors of 4 frames at full resolution and width, and copies of
@@ -44,7 +44,11 @@ class VideoVAE(nn.Module):
                 f"got {tuple(frames.shape)}."
             )
         pixels = frames.movedim(-1, 0)[None].to(self._device, self._dtype) * 2 - 1
-        return self.network.encode(pixels).latent_dist.mode().float().cpu()
+        self.network.use_tiling = False  # a tiled decode may have left it on; a latent of tiles is another one
+        try:
+            return self.network.encode(pixels).latent_dist.mode().float().cpu()
+        finally:
+            self.network.clear_cache()  # which holds frames on the device, and is left full where a pass fails
 
     @torch.no_grad()
     def decode(self, latent: torch.Tensor, *, tiled: bool = False) -> torch.Tensor:
@@ -59,7 +63,10 @@ class VideoVAE(nn.Module):
         if tiled:
             self.network.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
         self.network.use_tiling = tiled
-        decoded = self.network.decode(latent.to(self._device, self._dtype)).sample[0]
+        try:
+            decoded = self.network.decode(latent.to(self._device, self._dtype)).sample[0]
+        finally:
+            self.network.clear_cache()
         frames = torch.empty(*decoded.shape[1:], 3)
         frames.copy_(decoded.movedim(0, -1))
         return frames.add_(1).div_(2).clamp_(0, 1)
@@ -93,7 +100,7 @@ def load_video_vae(
     another file or an incomplete one, RuntimeError where diffusers is not installed.
     """
     info = recognised(path, FileKind.WAN22_VAE)
-    config = video_vae_config({name: tensor.shape for name, tensor in info.model_tensors.items()}, info.path.name)
+    config = video_vae_config(shapes_of(info), info.path.name)
     diffusers = need("diffusers", "The video VAE")
     with torch.device("meta"):
         network = diffusers.AutoencoderKLWan(**config)

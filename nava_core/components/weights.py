@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import ModuleType
 
 import torch
@@ -24,12 +24,24 @@ def need(module: str, what: str) -> ModuleType:
         ) from error
 
 
+def holds(info: FileInfo, kinds: Collection[FileKind]) -> bool:
+    """Whether a model of ``kinds`` can be read from a file: it is one, or it is a checkpoint of several models, such as
+    LTX's, with the audio VAE among them, whose names are the same there."""
+    audio = FileKind.LTX_AUDIO_VAE
+    return info.kind in kinds or (audio in kinds and audio in info.parts)
+
+
 def recognised(path, wanted: FileKind, *others: FileKind) -> FileInfo:
-    """What ``path`` is; raises WrongFileError where it holds neither ``wanted`` nor one of ``others``."""
+    """What ``path`` is; raises WrongFileError where neither ``wanted`` nor one of ``others`` can be read from it."""
     info = path if isinstance(path, FileInfo) else describe_file(path)
-    if not {info.kind, *info.parts} & {wanted, *others}:
+    if not holds(info, (wanted, *others)):
         raise WrongFileError(explain_wrong_file(info, wanted))
     return info
+
+
+def shapes_of(info: FileInfo) -> dict[str, tuple[int, ...]]:
+    """Shapes by the model's own names."""
+    return {name: tensor.shape for name, tensor in info.model_tensors.items()}
 
 
 def fill(network: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], file_name: str) -> None:

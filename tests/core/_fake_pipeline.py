@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 DELAY = float(os.environ.get("FAKE_SECONDS_A_CLIP", "0"))
 
@@ -15,6 +16,8 @@ class FakeClip:
     def __init__(self, request):
         self.request = request
         self.warnings = ("the voice is quiet",) if request["voices"] else ()
+        if "CUT" in request["prompt"]:
+            self.warnings = (self.report,)
 
     def save(self, path):
         text = json.dumps(self.request, default=str, sort_keys=True)
@@ -26,7 +29,12 @@ class FakeClip:
 
 
 class FakePipeline:
-    """Fails for prompts with BOOM, is interrupted by INTERRUPT; remembers what it was asked for."""
+    """Fails for prompts with BOOM, is interrupted by INTERRUPT; remembers what it was asked for.
+
+    ``faults``: errors by a word of the prompt that brings them about.
+    """
+
+    faults: ClassVar[dict[str, Exception]] = {}
 
     def __init__(self, *opened, **options):
         self.options = options
@@ -34,6 +42,11 @@ class FakePipeline:
 
     def __call__(self, prompt, *, callback, **request):
         self.requests.append({"prompt": prompt, **request})
+        for word, error in self.faults.items():
+            if word in prompt:
+                raise error
+        if "CUT" in prompt:
+            self.options["say"](FakeClip.report)
         if "BOOM" in prompt:
             raise RuntimeError("The network returned NaN\nat step 3.")
         if "INTERRUPT" in prompt:

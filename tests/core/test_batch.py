@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nava_core.batch import Watcher, check_batch, run_batch
+from nava_core.checkpoint import WrongFileError
 from nava_core.jobs import MAX_LINE, Defaults, LineError, parse_line
 
 FAKE = Path(__file__).with_name("_fake_pipeline.py")
@@ -110,6 +111,8 @@ def test_voices_are_bound_to_spans(tmp_path):
         ({"prompt": "a", "seconds": "6"}, "seconds must be a number"),
         ({"prompt": "a", "seconds": -1}, "seconds must be a number above 0"),
         ({"prompt": "a", "seconds": 600}, "too long"),
+        ({"prompt": "a", "seconds": 10**400}, "seconds must be a number above 0"),
+        ({"prompt": "a", "seconds": 0.04}, "too short"),
         ({"prompt": "a", "seed": 1.5}, "seed must be a whole number"),
         ({"prompt": "a", "seed": True}, "seed must be a whole number"),
         ({"prompt": "a", "steps": 0}, "steps must be a whole number from 1"),
@@ -120,6 +123,8 @@ def test_voices_are_bound_to_spans(tmp_path):
         ({"prompt": "a", "image_path": "gone.png"}, "no image"),
         ({"prompt": "a", "image_path": "https://example.org/a.png"}, "address"),
         ({"prompt": "a", "image_path": "file:///etc/hosts"}, "address"),
+        ({"prompt": "a", "image_path": "data:image/png;base64,iVBORw0KGgo="}, "address"),
+        ({"prompt": "a", "image_path": "~nosuchuser/x.png"}, "no image"),
         ({"prompt": "a", "image_path": "."}, "folder"),
         ({"prompt": "a", "image_path": "/dev/zero"}, "no image"),
         ({"prompt": "a", "image_path": "here.png", "audio_only": True}, "first frame"),
@@ -161,6 +166,35 @@ def test_bad_bytes_are_one_sentence(tmp_path, raw, words):
         parse_line(raw, tmp_path, FAST)
     assert words in str(error.value)
     assert len(str(error.value)) < 300
+
+
+def test_a_colon_makes_no_address(tmp_path):
+    (tmp_path / "ep1:in.png").touch()
+    assert parse(tmp_path, prompt="a", image_path="ep1:in.png").image == tmp_path / "ep1:in.png"
+
+
+@pytest.mark.parametrize(
+    ("default", "line", "mode"),
+    [
+        ("audio", {"video_only": False}, "audio"),
+        ("audio", {"audio_only": False}, "video+audio"),
+        ("video", {"audio_only": False}, "video"),
+        ("video", {"video_only": False}, "video+audio"),
+        ("audio", {"video_only": True}, "video"),
+        ("audio", {"audio_only": False, "video_only": False}, "video+audio"),
+        ("video+audio", {"audio_only": False}, "video+audio"),
+    ],
+)
+def test_only_its_own_flag_turns_a_mode_off(tmp_path, default, line, mode):
+    raw = json.dumps({"prompt": "a", **line}).encode()
+    assert parse_line(raw, tmp_path, Defaults(mode=default)).mode == mode
+
+
+@pytest.mark.parametrize("wrong", [{"shift": 1e300}, {"shift": 0.001}, {"seconds": 100}, {"seconds": 0.01}])
+def test_defaults_out_of_bounds(wrong):
+    with pytest.raises(LineError, match=r"shift|too long|too short"):
+        Defaults(**wrong)
+    assert Defaults(seconds=1 / 24, shift=100).seconds == 1 / 24
 
 
 def test_unknown_keys_are_a_warning(tmp_path):
@@ -262,6 +296,37 @@ def test_remake_makes_all_again(tmp_path, pipeline):
     assert len(pipeline.requests) == 2
 
 
+class Takes(fake.FakePipeline):
+    """Clips with the run's number in them."""
+
+    def __init__(self, take):
+        super().__init__()
+        self.take = take
+
+    def __call__(self, prompt, **request):
+        clip = super().__call__(prompt, **request)
+        clip.request["take"] = self.take
+        return clip
+
+
+def test_remake_leaves_no_earlier_clip(tmp_path):
+    lines = [
+        {"prompt": "one", "id": "a"},
+        {"prompt": "one", "id": "b"},
+        {"prompt": "one"},
+        {"prompt": "one", "id": "a"},
+    ]
+    source, out = write(tmp_path, *lines), tmp_path / "out"
+    for take in (1, 2):
+        result = run(source, out, Takes(take), remake=take == 2)
+        assert statuses(result) == ["made", "duplicate", "duplicate", "duplicate"]
+        assert clips(out) == ["a.mp4", "b.mp4"]
+        assert [json.loads((out / clip).read_text())["take"] for clip in clips(out)] == [take, take]
+    swapped = write(tmp_path, *reversed(lines[:2]))  # what was a link is made, what was made becomes the link
+    assert statuses(run(swapped, out, Takes(3), remake=True)) == ["made", "duplicate"]
+    assert [json.loads((out / clip).read_text())["take"] for clip in clips(out)] == [3, 3]
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_a_lost_or_damaged_clip_is_made_again(tmp_path, pipeline, damage):
     source, out = write(tmp_path, {"prompt": "one", "id": "a"}), tmp_path / "out"
@@ -350,6 +415,78 @@ def test_models_that_do_not_load_are_no_line_s_fault(tmp_path):
     with pytest.raises(ValueError, match="web page"):
         run_batch(source, tmp_path / "out", broken, FAST)
     assert not [record for record in records(tmp_path / "out") if "line" in record]
+
+
+def missing_package():
+    error = RuntimeError("The text encoder needs the package transformers.")
+    error.__cause__ = ModuleNotFoundError("No module named 'transformers'", name="transformers")
+    return error
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        WrongFileError("The VAE is incomplete."),
+        ModuleNotFoundError("No module named 'ftfy'", name="ftfy"),
+        missing_package(),
+        FileNotFoundError("umt5.safetensors needs a tokenizer."),
+    ],
+    ids=["file", "import", "package", "tokenizer"],
+)
+def test_models_found_unusable_in_a_clip_end_the_batch(tmp_path, pipeline, fault):
+    (tmp_path / "a.png").touch()
+    source = write(tmp_path, {"prompt": "one"}, {"prompt": "FAULT", "image_path": "a.png"}, {"prompt": "two"})
+    out = tmp_path / "out"
+    pipeline.faults = {"FAULT": fault}
+    with pytest.raises(type(fault)) as raised:
+        run(source, out, pipeline)
+    assert raised.value is fault
+    assert len(pipeline.requests) == 2
+    assert [record["status"] for record in records(out) if "line" in record] == ["made"]
+    pipeline.faults = {}
+    assert statuses(run(source, out, pipeline)) == ["skipped", "made", "made"]
+
+
+def test_a_package_missed_in_saving_ends_the_batch(tmp_path, pipeline, monkeypatch):
+    def save(clip, path):
+        raise ModuleNotFoundError("No module named 'av'", name="av")
+
+    monkeypatch.setattr(fake.FakeClip, "save", save)
+    with pytest.raises(ModuleNotFoundError):
+        run(write(tmp_path, {"prompt": "one"}, {"prompt": "two"}), tmp_path / "out", pipeline)
+    assert len(pipeline.requests) == 1
+
+
+def test_a_picture_that_is_gone_is_its_line_s_fault(tmp_path, pipeline):
+    (tmp_path / "a.png").touch()
+    source = write(tmp_path, {"prompt": "FAULT", "image_path": "a.png"}, {"prompt": "two"})
+
+    class Late(Watcher):
+        def clip(self, line, *_):
+            (tmp_path / "a.png").unlink(missing_ok=True)
+
+    pipeline.faults = {"FAULT": FileNotFoundError("There is no file a.png.")}
+    assert statuses(run(source, tmp_path / "out", pipeline, watcher=Late())) == ["failed", "made"]
+
+
+def test_a_check_finds_what_a_run_would(tmp_path, pipeline):
+    source = write(
+        tmp_path,
+        {"prompt": "one", "id": "a"},
+        {"prompt": "two", "id": "A", "second": 3},
+        {"prompt": "one", "id": "a", "sed": 1},
+        {"prompt": "three", "seconds": 10**400},
+        {"prompt": "three", "image_path": "~nosuchuser/x.png"},
+    )
+    check = check_batch(source, FAST)
+    result = run(source, tmp_path / "out", pipeline)
+    assert check.lines == len(result.outcomes) == 5
+    assert [number for number, _ in check.problems] == [2, 4, 5]
+    assert list(check.problems) == [(failure.line, failure.error) for failure in result.failures]
+    assert check.notes == (
+        (2, "The key 'second' is not known and was ignored (did you mean 'seconds'?)."),
+        (3, "The key 'sed' is not known and was ignored (did you mean 'seed'?)."),
+    )
 
 
 def test_other_models_are_noted(tmp_path, pipeline):

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from nava_core.checkpoint import WrongFileError
 from nava_core.cli import main
 from nava_core.cli.progress import Progress, format_duration
 from nava_core.demo import make_small_models
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("_fake_pipeline", Path(__file__).with_name("_fake_pipeline.py"))
+FAKE = Path(__file__).with_name("_fake_pipeline.py")
+spec = importlib.util.spec_from_file_location("_fake_pipeline", FAKE)
 fake = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fake)
 COMMANDS = ("generate", "batch", "convert", "inspect", "demo")
@@ -92,6 +94,11 @@ def test_help_needs_no_torch():
         (["generate", "a", "--size", "650x350"], "multiple of 16"),
         (["generate", "a", "--seconds", "0"], "above 0"),
         (["generate", "a", "--seconds", "nan"], "is no number"),
+        (["generate", "a", "--seconds", "0.01"], "too short"),
+        (["generate", "a", "--shift", "1e300"], "shift"),
+        (["batch", FAKE, "--out", "x", "--seconds", "100"], "too long"),
+        (["batch", FAKE, "--out", "x", "--shift", "0.001"], "shift"),
+        (["convert", "x.ckpt", "y.ckpt"], "y.safetensors"),
         (["generate", "a", "--seed", "-1"], "--seed"),
         (["generate", "a", "--steps", "0"], "whole number from 1"),
         (["generate", "a", "--video-text", "-2"], "--video-text"),
@@ -107,6 +114,7 @@ def test_help_needs_no_torch():
         (["batch", "gone.jsonl", "--out", "x"], "no file gone.jsonl"),
         (["inspect", "gone"], "There is no gone"),
         (["inspect", "."], "no model file"),
+        (["inspect", ".", ROOT / "nava_core"], "no model file"),
     ],
 )
 def test_a_wrong_command_is_one_sentence_and_code_2(nava, arguments, words):
@@ -117,10 +125,13 @@ def test_a_wrong_command_is_one_sentence_and_code_2(nava, arguments, words):
 
 
 def test_a_device_that_is_not_there(nava, models):
-    for device, words in (("cuda:99", "there is no cuda:99 here"), ("toaster", "is no device")):
+    for device in ("cuda:99", "toaster", "meta:x"):
         code, _, err = nava("generate", "a", "--models", models, "--device", device)
         assert code == 2
-        assert words in sentence(err)
+        assert device in sentence(err)
+        assert nava.pipeline is None
+    assert nava("generate", "a", "--models", models, "--device", "cpu")[0] == 0
+    assert str(nava.pipeline.options["device"]) == "cpu"
 
 
 # --- generate ----------------------------------------------------------------------------------------------------
@@ -159,6 +170,19 @@ def test_generate_by_default(nava, models, tmp_path):
     assert (request["steps"], request["seconds"], request["mode"]) == (50, 6.0, "video+audio")
     again = [nava("generate", "a", "--models", models)[1].strip() for _ in range(2)]
     assert [Path(path).name for path in again] == ["nava_0_2.mp4", "nava_0_3.mp4"]  # nothing is overwritten
+
+
+def test_generate_makes_folders_when_there_is_a_clip(nava, models, tmp_path):
+    assert nava("generate", "a", "--models", ".", "--out", "x/y/c.mp4")[0] == 2
+    assert nava("generate", "BOOM", "--models", models, "--out", "x/y/c.mp4")[0] == 1
+    assert list(tmp_path.iterdir()) == []
+    assert nava("generate", "a", "--models", models, "--out", "x/y/c.mp4")[0] == 0
+    assert (tmp_path / "x" / "y" / "c.mp4").is_file()
+
+
+def test_a_cut_prompt_is_said_once(nava, models):
+    for prompt in ("CUT", "whole"):
+        assert nava("generate", prompt, "--models", models)[2].count("a fake clip") == 1
 
 
 def test_generate_reads_the_prompt_from_elsewhere(nava, models, tmp_path, monkeypatch):
@@ -262,6 +286,25 @@ def test_batch_check_makes_nothing(nava, tmp_path):
     assert "--out FOLDER" in sentence(err)
 
 
+def test_batch_check_shows_notes_and_every_problem(nava, tmp_path):
+    lines = ['{"prompt": "one", "id": "a", "second": 3}', '{"prompt": "two", "id": "a"}', *["{bad"] * 20]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    code, out, err = nava("batch", "b.jsonl", "--check")
+    assert code == 1
+    assert out.strip() == "1 of 22 lines can be used."
+    assert "line 1: note: The key 'second' is not known and was ignored (did you mean 'seconds'?)." in err
+    assert "line 2: The id 'a' is already that of line 1" in err
+    assert "line 22: The line is not JSON" in err  # no report is written that could hold the rest
+
+
+def test_models_found_unusable_end_a_batch_in_a_sentence(nava, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(fake.FakePipeline, "faults", {"one": WrongFileError("The VAE is incomplete.")})
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    code, out, err = nava("batch", "b.jsonl", "--out", "out", "--models", models)
+    assert (code, out) == (1, "")
+    assert sentence(err) == "nava batch: The VAE is incomplete."
+
+
 def test_batch_of_bad_lines_alone_loads_nothing(nava, tmp_path):
     (tmp_path / "b.jsonl").write_text("{bad\n{worse\n")
     code, out, _ = nava("batch", "b.jsonl", "--out", "out")  # no models are asked for
@@ -301,6 +344,30 @@ def test_inspect_says_what_files_are(nava, models, tmp_path):
     assert "incomplete" in found[1]["problem"]
     assert found[2]["memory_bytes"] > found[2]["memory_bytes_bf16"] > found[2]["memory_bytes_fp8"] > 0
     assert found[2]["memory_bytes"] == pytest.approx(found[2]["size_bytes"], rel=0.05)  # fp32 as in the file
+
+
+def test_inspect_of_all_in_a_folder(nava, models, tmp_path):
+    folder = tmp_path / "all"
+    (folder / "google").mkdir(parents=True)
+    (folder / "google" / "spiece.model").touch()
+    (folder / "linked").symlink_to(models)
+    (folder / "linked again").symlink_to(folder)  # a ring
+    code, out, _ = nava("inspect", *sorted(folder.iterdir()), "--json")
+    assert code == 0
+    names = [Path(json.loads(line)["file"]).name for line in out.splitlines()]
+    assert "NAVA_tiny.safetensors" in names
+    one = nava("inspect", folder, "--json")[1].splitlines()
+    assert len(one) == len({json.loads(line)["file"] for line in one}) == len(list(models.glob("*.*")))
+
+
+def test_inspect_says_what_the_pipeline_says(nava, models):
+    from nava_core.checkpoint import describe_file
+    from nava_core.pipeline import load_problem, memory_bytes
+
+    for line in nava("inspect", models, "--json")[1].splitlines():
+        finding = json.loads(line)
+        info = describe_file(finding["file"])
+        assert (finding["problem"], finding["memory_bytes"]) == (load_problem(info), memory_bytes(info))
 
 
 def test_convert(nava, models, tmp_path):

@@ -8,13 +8,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nava_core.checkpoint import WrongFileError
+from nava_core.checkpoint import FileKind, WrongFileError, describe_file, estimate_memory
 from nava_core.components import (
     denormalize_video,
     load_audio_vae,
+    load_problem,
     load_text_encoder,
     load_tokenizer,
     load_video_vae,
+    memory_bytes,
     normalize_video,
 )
 from nava_core.components.audio_vae import vocoder_config
@@ -93,6 +95,30 @@ def test_tiles_make_the_same_frames_but_for_their_seams(video_vae):
     assert tiled.shape == whole.shape
     assert (tiled[:, :, :384] - whole[:, :, :384]).abs().mean() < 0.02 < whole.std()
     assert torch.equal(video_vae.decode(latent), whole)  # and the next one is whole again
+
+
+def test_a_first_frame_after_a_tiled_decode_is_encoded_whole(video_vae):
+    frame = torch.rand(1, 32, 1088, 3, generator=torch.Generator().manual_seed(3))  # wide enough for tiles
+    before = video_vae.encode(frame)
+    video_vae.decode(noise(1, 48, 1, 2, 36), tiled=True)
+    assert torch.equal(video_vae.encode(frame), before)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_pass_that_fails_leaves_no_frames_in_the_vae(video_vae, monkeypatch, side):
+    network = video_vae.network
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(getattr(network, side).conv_out, "forward", fail)  # the last layer: the caches are full
+    run, data = (
+        (video_vae.encode, torch.rand(5, 32, 32, 3)) if side == "encoder" else (video_vae.decode, noise(1, 48, 2, 2, 2))
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(data)
+    assert network._feat_map
+    assert all(cache is None for cache in [*network._feat_map, *network._enc_feat_map])
 
 
 def test_dimensions_come_from_the_tensors(models):
@@ -176,6 +202,87 @@ def test_audio_vaes_without_configuration_or_tensors_are_refused_in_a_sentence(m
             load_audio_vae(tmp_path / "cut.safetensors")
     with pytest.raises(WrongFileError, match=r"is the Wan2[.]2 video VAE .* the LTX audio VAE"):
         load_audio_vae(models["video_vae"])
+
+
+@pytest.fixture
+def merged(models, tmp_path):
+    """A checkpoint as LTX's are released: a video-and-audio model with the audio VAE and other models beside it."""
+    others = {
+        "model.diffusion_model.adaln_single.emb.timestep_embedder.linear_1.bias": torch.zeros(4),
+        "model.diffusion_model.audio_adaln_single.linear.weight": torch.zeros(4, 4),
+        "vae.decoder.up_blocks.0.res_blocks.0.conv1.conv.weight": torch.zeros(4, 4, 1, 1, 1),
+    }
+    path = tmp_path / "ltx-2.3-22b-dev.safetensors"
+    save_file({**others, **load_file(models["audio_vae"])}, path, metadata=metadata_of(models["audio_vae"]))
+    return path
+
+
+def test_the_audio_vae_is_read_out_of_a_checkpoint_of_several_models(models, audio_vae, merged):
+    assert describe_file(merged).kind is FileKind.LTX_AV
+    latent = noise(1, 8, 5, 16)
+    assert torch.equal(load_audio_vae(merged).decode(latent), audio_vae.decode(latent))
+
+
+def test_the_audio_vaes_memory_is_that_of_its_own_tensors_in_fp32(models, merged):
+    for path in (models["audio_vae"], merged):
+        assert memory_bytes(describe_file(path)) == 4 * sum(t.numel() for t in load_file(models["audio_vae"]).values())
+    info = describe_file(models["text_encoder"])
+    assert memory_bytes(info) == estimate_memory(info)
+
+
+# --- headers -----------------------------------------------------------------------------------------------------
+
+
+def test_every_small_model_and_a_checkpoint_with_the_audio_vae_would_load(models, merged):
+    paths = [path for path in models.values() if path.is_file()]
+    assert len(paths) >= 6
+    assert {
+        path.name: load_problem(describe_file(path)) for path in [*paths, merged] if load_problem(describe_file(path))
+    } == {}
+
+
+def rewritten(path, source, drop=(), config=None):
+    """A copy of a safetensors file without some tensors, and with another configuration, a JSON value."""
+    tensors = {name: tensor for name, tensor in load_file(source).items() if name not in drop}
+    save_file(tensors, path, metadata=None if config is None else {"config": json.dumps(config)})
+    return describe_file(path)
+
+
+def test_what_the_header_shows_is_said_as_loading_says_it(models, merged, tmp_path):
+    vocoder = AUDIO_CONFIG["vocoder"]
+    cut_bwe = {key: value for key, value in vocoder["bwe"].items() if key != "n_fft"}
+    cases = (
+        (load_audio_vae, "audio_vae", {}, r"has no configuration in its metadata"),
+        (
+            load_audio_vae,
+            "audio_vae",
+            {"config": {**AUDIO_CONFIG, "vocoder": vocoder["vocoder"]}},
+            r"which is LTX-2\.0's",
+        ),
+        (load_audio_vae, "audio_vae", {"config": {**AUDIO_CONFIG, "vocoder": {**vocoder, "bwe": cut_bwe}}}, "'n_fft'"),
+        (load_audio_vae, "audio_vae", {"config": {**AUDIO_CONFIG, "audio_vae": {"model": []}}}, "of another form"),
+        (
+            load_video_vae,
+            "video_vae",
+            {"drop": ["decoder.head.0.gamma"]},
+            "incomplete: the tensor decoder.head.0.gamma",
+        ),
+        (load_text_encoder, "text_encoder", {"drop": ["encoder.final_layer_norm.weight"]}, "incomplete: encoder.final"),
+    )
+    for load, role, change, sentence in cases:
+        info = rewritten(tmp_path / f"{role}.safetensors", models[role], **change)
+        with pytest.raises(WrongFileError, match=sentence) as refusal:
+            load(info)
+        assert load_problem(info) == str(refusal.value)
+    bare = rewritten(tmp_path / "bare.safetensors", merged)
+    assert "has no configuration in its metadata" in load_problem(bare)
+    bias = next(name for name in load_file(models["backbone"]) if name.endswith("text_embedding.0.bias"))
+    backbone = rewritten(tmp_path / "backbone.safetensors", models["backbone"], drop=[bias])
+    assert "1 tensor is missing (text_embedding.0.bias)" in load_problem(backbone)
+    save_file({"a.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    other = load_problem(describe_file(tmp_path / "other.safetensors"))
+    assert "is a file of an unknown kind" in other
+    assert "but a file of NAVA's" in other
 
 
 # --- text encoder ------------------------------------------------------------------------------------------------
@@ -270,6 +377,7 @@ def test_diffusers_too_old_for_the_vocoder_is_one_sentence(models, monkeypatch):
     class Old:
         __name__ = ltx2.__name__
 
-    monkeypatch.setitem(__import__("sys").modules, "diffusers.pipelines.ltx2", Old())
-    with pytest.raises(RuntimeError, match=r"needs diffusers 0\.38 or later"):
-        load_audio_vae(models["audio_vae"])
+    for old in (Old(), None):  # without the class, and without the pipeline
+        monkeypatch.setitem(__import__("sys").modules, "diffusers.pipelines.ltx2", old)
+        with pytest.raises(RuntimeError, match=r"needs diffusers 0\.38 or later"):
+            load_audio_vae(models["audio_vae"])

@@ -1,8 +1,11 @@
 """The whole job without a host: clips against a plain composition of their parts, files, memory, interruption."""
 
+import errno
+import json
 import math
 import os
 import socket
+import sys
 import wave
 import weakref
 
@@ -10,6 +13,7 @@ import av
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import nava_core.pipeline as pipeline_module
 from nava_core.checkpoint import WrongFileError, load_backbone
@@ -21,13 +25,15 @@ from nava_core.components import (
     load_video_vae,
     normalize_video,
 )
-from nava_core.demo import make_small_models
+from nava_core.demo import AUDIO_CONFIG, make_small_models
+from nava_core.explain import explain
 from nava_core.geometry import ClipGeometry, audio_latent_to_tokens, audio_tokens_to_latent
 from nava_core.media import NonFiniteError
 from nava_core.pipeline import (
     Clip,
     ModelFiles,
     NavaPipeline,
+    choose_device,
     clip_geometry,
     clip_noise,
     default_guidance,
@@ -519,3 +525,80 @@ def test_wrong_files_are_refused_when_the_pipeline_is_made(files, models):
         make(backbone="nowhere.safetensors")
     with pytest.raises(FileNotFoundError, match="There is no tokenizer folder nowhere"):
         make(tokenizer="nowhere")
+
+
+def with_change(files, **change):
+    return ModelFiles(**{**{role: getattr(files, role) for role in ROLES}, **change})
+
+
+def test_what_a_header_shows_to_be_unusable_is_refused_when_the_pipeline_is_made(files, models, tmp_path):
+    tensors = load_file(models["audio_vae"])
+    bare, old = tmp_path / "bare.safetensors", tmp_path / "old.safetensors"
+    save_file(tensors, bare)
+    config = {**AUDIO_CONFIG, "vocoder": AUDIO_CONFIG["vocoder"]["vocoder"]}
+    save_file(tensors, old, metadata={"config": json.dumps(config)})
+    with pytest.raises(WrongFileError, match=r"bare\.safetensors has no configuration in its metadata"):
+        NavaPipeline.from_files(with_change(files, audio_vae=bare), device="cpu")
+    with pytest.raises(WrongFileError, match=r"old\.safetensors has a vocoder without bandwidth extension"):
+        NavaPipeline.from_files(with_change(files, audio_vae=old), device="cpu")
+    backbone = load_file(models["backbone"])
+    del backbone[next(name for name in backbone if name.endswith("text_embedding.0.bias"))]
+    save_file(backbone, tmp_path / "cut.safetensors")
+    with pytest.raises(WrongFileError, match=r"cut\.safetensors does not fit its own configuration"):
+        NavaPipeline.from_files(with_change(files, backbone=tmp_path / "cut.safetensors"), device="cpu")
+
+
+def test_the_audio_vae_of_a_merged_checkpoint_serves_and_other_parts_are_refused(files, models, pipeline, tmp_path):
+    """Beside a backbone, so that the kind of the file is another one that NAVA knows."""
+    backbone = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(models["backbone"]).items()}
+    vae = {f"vae.{name}": tensor for name, tensor in load_file(models["video_vae"]).items()}
+    sound = load_file(models["audio_vae"])
+    path = tmp_path / "merged.safetensors"
+    save_file({**backbone, **vae, **sound}, path, metadata={"config": json.dumps(AUDIO_CONFIG)})
+    of_merged = NavaPipeline.from_files(with_change(files, audio_vae=path), device="cpu")
+    assert of_merged._weight_bytes("audio_vae") == 4 * sum(tensor.numel() for tensor in sound.values())
+    latent = torch.randn(1, 8, 5, 16, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(of_merged._decode_audio(latent, 0.1)[0], pipeline._decode_audio(latent, 0.1)[0])
+    with pytest.raises(WrongFileError, match=r"merged\.safetensors is a NAVA backbone, but the Wan2\.2 video VAE"):
+        NavaPipeline.from_files(with_change(files, video_vae=path), device="cpu")
+
+
+def test_a_missing_tokenizer_or_package_is_said_when_the_pipeline_is_made(files, models, monkeypatch, tmp_path):
+    alone = tmp_path / "encoder.pth"
+    os.link(models["text_encoder_pth"], alone)
+    with pytest.raises(FileNotFoundError, match=r"encoder\.pth needs a tokenizer"):
+        NavaPipeline.from_files(with_change(files, text_encoder=alone), device="cpu")
+    for package in ("diffusers", "transformers", "sentencepiece"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, package, None)
+            with pytest.raises(RuntimeError, match=rf"needs the package {package}"):
+                NavaPipeline.from_files(files, device="cpu")
+
+
+# --- device ------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_is_one_that_is_there_or_a_sentence(files, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(None) == torch.device("cuda")
+    assert [str(choose_device(name)) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    for name in ("cuda:2", "hpu", "meta", "gpu", "cuda:x"):
+        with pytest.raises(ValueError, match=f"There is no device {name} here .*: use cpu or cuda:0 to cuda:1"):
+            choose_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device(None) == choose_device(torch.device("cpu")) == torch.device("cpu")
+    for name in ("cuda", "mps", "hpu"):
+        with pytest.raises(ValueError, match=f"There is no device {name} here"):
+            NavaPipeline.from_files(files, device=name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps") == torch.device("mps")
+
+
+def test_too_little_memory_of_the_machine_is_said_as_that():
+    allocator = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    mapped = "unable to mmap 400 bytes from file <NAVA.safetensors>: Cannot allocate memory (12)"
+    for error in (RuntimeError(allocator), RuntimeError(mapped), OSError(errno.ENOMEM, "Cannot allocate memory")):
+        assert explain(error).startswith("The machine has too little free memory for this clip")
+    assert explain(RuntimeError("The network returned NaN.")) == "The network returned NaN."
