@@ -602,3 +602,26 @@ def test_too_little_memory_of_the_machine_is_said_as_that():
     for error in (RuntimeError(allocator), RuntimeError(mapped), OSError(errno.ENOMEM, "Cannot allocate memory")):
         assert explain(error).startswith("The machine has too little free memory for this clip")
     assert explain(RuntimeError("The network returned NaN.")) == "The network returned NaN."
+
+
+# ---------------------------------------------------------------- golden numbers
+
+
+def test_the_pipelines_backbone_gives_the_golden_numbers(models, golden):
+    files = ModelFiles(**{**{role: models[role] for role in ROLES}, "backbone": golden / "backbone_tiny.safetensors"})
+    cases = load_file(golden / "backbone_cases.safetensors")
+    case = {key.removeprefix("t2av/"): value for key, value in cases.items() if key.startswith("t2av/")}
+    inputs = [case[f"in/{name}"][None] for name in ("video", "audio")]
+    with torch.inference_mode(), NavaPipeline.from_files(files, device="cpu")._loaded("backbone") as backbone:
+        outputs = backbone(*inputs, case["in/t"], case["in/context"][None])
+    for name, output in zip(("video", "audio"), outputs, strict=True):
+        assert (output[0] - case[f"out/{name}"]).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("case", ["one_second", "six_seconds", "odd_length"])
+def test_the_pipelines_voices_are_the_golden_ones(models, golden, case):
+    files = ModelFiles(**{**{role: models[role] for role in ROLES}, "speaker_encoder": golden / "redimnet_small.pt"})
+    cases = load_file(golden / "redimnet_small_cases.safetensors")
+    pipeline = NavaPipeline.from_files(files, device="cpu")
+    (timbre,) = pipeline._encode_voices([(cases[f"{case}/in"], 16000)], [])
+    assert (timbre - cases[f"{case}/out"]).abs().max() < 1e-4
