@@ -342,3 +342,26 @@ def test_requirements_are_the_package_s_own():
     declared = re.search(r"^dependencies = \[(.*)\]$", text, re.MULTILINE)[1]
     assert sorted(re.findall(r'"([^"]+)"', declared)) == sorted(requirements())
     assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+# ---------------------------------------------------------------- the real thing
+
+
+@pytest.mark.skipif(not os.environ.get("NAVA_TEST_FRESH_CLONE"), reason="downloads 5 GB: set NAVA_TEST_FRESH_CLONE=1")
+def test_both_commands_from_a_fresh_clone_with_an_empty_home(tmp_path):
+    clone, home = tmp_path / "a fresh clone", tmp_path / "home"
+    home.mkdir()
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    environment = {**os.environ, "HOME": str(home), "COMFYUI_PATH": "none"}
+    for _ in range(2):  # the second run is quick and ends the same
+        made = subprocess.run(
+            [clone / "scripts" / "quickstart"], cwd=home, env=environment, capture_output=True, text=True, check=False
+        )
+        assert made.returncode == 0, made.stderr
+        assert str(clone / "demo" / "clip.mp4") in made.stdout
+    tested = subprocess.run(
+        [clone / "scripts" / "test", "tests/core/test_geometry.py"],
+        cwd=home, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+    assert "host tests not run" in tested.stderr
