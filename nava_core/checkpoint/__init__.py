@@ -4,6 +4,7 @@ from .headers import FileInfo, TensorInfo, describe_file, format_bytes, format_c
 from .kinds import BACKBONES, FileKind, WrongFileError, explain_wrong_file
 from .loading import (
     PlannedTensor,
+    assign_tensor,
     backbone_config,
     backbone_problem,
     estimate_memory,
@@ -22,6 +23,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "WrongFileError",
+    "assign_tensor",
     "backbone_config",
     "backbone_problem",
     "describe_file",

@@ -63,7 +63,7 @@ def load_backbone(
         raise WrongFileError(f"{info.path.name} does not fit its own configuration: {problem}; download it again.")
     with open_checkpoint(info) as source:
         for name, tensor in stream_tensors(source, dtype):
-            _assign(model, name, tensor.to(device))
+            assign_tensor(model, name, tensor.to(device))
     return model.eval()
 
 
@@ -257,7 +257,7 @@ def _listed(names: list[str], what: str) -> str:
     return f"{len(names)} tensor{' is' if len(names) == 1 else 's are'} {what} ({shown})"
 
 
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def assign_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Puts a tensor where the model has a parameter or buffer without memory."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ..checkpoint import FileInfo, FileKind, WrongFileError, describe_file, explain_wrong_file
+from ..checkpoint import FileInfo, FileKind, WrongFileError, assign_tensor, describe_file, explain_wrong_file
 
 
 def need(module: str, what: str) -> ModuleType:
@@ -57,18 +57,9 @@ def fill(network: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], file_n
             raise WrongFileError(
                 f"{file_name} does not fit together: {name} of shape {tuple(tensor.shape)} {why}; download it again."
             )
-        _put(network, name, tensor)
+        assign_tensor(network, name, tensor)
     if waiting:
         count = "1 tensor is" if len(waiting) == 1 else f"{len(waiting)} tensors are"
         raise WrongFileError(
             f"{file_name} is incomplete: {count} missing (such as {next(iter(waiting))}); download it again."
         )
-
-
-def _put(network: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = network.get_submodule(owner)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[leaf] = tensor
