@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import nava_core.pipeline as pipeline_module
 from nava_core.checkpoint import WrongFileError, load_backbone
 from nava_core.components import (
     denormalize_video,
@@ -31,6 +30,7 @@ from nava_core.geometry import ClipGeometry, audio_latent_to_tokens, audio_token
 from nava_core.media import NonFiniteError
 from nava_core.pipeline import (
     Clip,
+    Components,
     ModelFiles,
     NavaPipeline,
     choose_device,
@@ -39,6 +39,8 @@ from nava_core.pipeline import (
     default_guidance,
     find_model_files,
     fit_picture,
+    memory,
+    stages,
 )
 from nava_core.prompt import timbre_inputs
 from nava_core.sampling import Guidance, Interrupted, denoise, flow_sigmas
@@ -87,8 +89,8 @@ def clip(pipeline, picture, voice):
 
 @pytest.fixture
 def _latents_only(monkeypatch):
-    monkeypatch.setattr(NavaPipeline, "_decode_video", lambda *_: None)
-    monkeypatch.setattr(NavaPipeline, "_decode_audio", lambda *_: (None, 0))
+    monkeypatch.setattr(stages, "decode_video", lambda *_: None)
+    monkeypatch.setattr(stages, "decode_audio", lambda *_: (None, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +235,7 @@ def test_a_picture_file_is_the_same_as_its_pixels(pipeline, picture, tmp_path):
 
 
 def test_an_empty_prompt_is_the_null_and_needs_no_text_encoder(pipeline, monkeypatch):
-    monkeypatch.setattr(pipeline_module, "load_text_encoder", None)
+    monkeypatch.setattr(memory, "load_text_encoder", None)
     clip = pipeline(" ", **SHORT)
     assert clip.report.startswith("Empty: the null")
     assert clip.frames.shape == (FRAMES, 32, 64, 3)
@@ -329,8 +331,9 @@ def test_steps_are_reported_and_a_run_can_be_stopped_at_any_point(pipeline):
 
 
 def test_what_does_not_fit_together_is_said_before_anything_is_loaded(pipeline, files, picture, voice, monkeypatch):
-    for name in ("load_text_encoder", "load_video_vae", "load_audio_vae", "load_backbone", "load_redimnet"):
-        monkeypatch.setattr(pipeline_module, name, None)
+    for name in LOADERS:
+        monkeypatch.setattr(memory, name, None)
+    monkeypatch.setattr(stages, "load_redimnet", None)
     cases = (
         ({"mode": "audio", "image": picture}, "A first frame was given for a clip of sound alone"),
         ({"width": 63}, "multiple of 16"),
@@ -354,7 +357,7 @@ def test_what_does_not_fit_together_is_said_before_anything_is_loaded(pipeline, 
 def test_a_prompt_that_is_cut_and_a_clip_that_is_long_are_warned_of(files, monkeypatch):
     said = []
     pipeline = NavaPipeline.from_files(files, device="cpu", say=said.append)
-    monkeypatch.setattr(NavaPipeline, "_encode_text", lambda *_: (_ for _ in ()).throw(Interrupted("far enough")))
+    monkeypatch.setattr(stages, "encode_text", lambda *_: (_ for _ in ()).throw(Interrupted("far enough")))
     with pytest.raises(Interrupted):
         pipeline("word " * 600 + PROMPT, seconds=20)
     assert any("trained on clips of up to 10 s" in sentence for sentence in said)
@@ -382,7 +385,7 @@ def alive(monkeypatch):
         return load
 
     for name in LOADERS:
-        monkeypatch.setattr(pipeline_module, name, watched(name, getattr(pipeline_module, name)))
+        monkeypatch.setattr(memory, name, watched(name, getattr(memory, name)))
     return loaded
 
 
@@ -429,24 +432,24 @@ def test_the_backbone_leaves_a_gpu_only_where_another_does_not_fit_beside_it(fil
             return self
 
     def free(_):
-        on_gpu = "backbone" in pipeline._kept and not moves
+        on_gpu = "backbone" in components._kept and not moves
         return 10 if on_gpu else 100
 
-    pipeline = NavaPipeline(files, torch.device("cuda"), None, print, keep_loaded)
-    monkeypatch.setattr(pipeline_module, "_free_bytes", free)
-    pipeline._kept["backbone"] = Backbone()
-    assert pipeline._make_room(10)
-    assert "backbone" in pipeline._kept
+    components = Components(files, torch.device("cuda"), None, print, keep_loaded)
+    monkeypatch.setattr(memory, "_free_bytes", free)
+    components._kept["backbone"] = Backbone()
+    assert components.make_room(10)
+    assert "backbone" in components._kept
     assert moves == []
-    assert pipeline._make_room(100)
-    assert ("backbone" in pipeline._kept, moves) == ((True, ["cpu"]) if keep_loaded else (False, []))
-    assert not pipeline._make_room(101)
+    assert components.make_room(100)
+    assert ("backbone" in components._kept, moves) == ((True, ["cpu"]) if keep_loaded else (False, []))
+    assert not components.make_room(101)
 
 
 def test_types_by_device_and_file(files):
     def types(device, dtype=None):
-        pipeline = NavaPipeline(files, torch.device(device), dtype, print, False)
-        return pipeline._backbone_dtype, pipeline._vae_dtype
+        components = Components(files, torch.device(device), dtype, print, False)
+        return components.backbone_dtype, components.vae_dtype
 
     assert types("cpu") == (None, torch.float32)
     assert types("cuda") == (torch.bfloat16, torch.bfloat16)
@@ -556,9 +559,10 @@ def test_the_audio_vae_of_a_merged_checkpoint_serves_and_other_parts_are_refused
     path = tmp_path / "merged.safetensors"
     save_file({**backbone, **vae, **sound}, path, metadata={"config": json.dumps(AUDIO_CONFIG)})
     of_merged = NavaPipeline.from_files(with_change(files, audio_vae=path), device="cpu")
-    assert of_merged._weight_bytes("audio_vae") == 4 * sum(tensor.numel() for tensor in sound.values())
+    assert of_merged.components.weight_bytes("audio_vae") == 4 * sum(tensor.numel() for tensor in sound.values())
     latent = torch.randn(1, 8, 5, 16, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(of_merged._decode_audio(latent, 0.1)[0], pipeline._decode_audio(latent, 0.1)[0])
+    sounds = [stages.decode_audio(each.components, latent, 0.1)[0] for each in (of_merged, pipeline)]
+    assert torch.equal(*sounds)
     with pytest.raises(WrongFileError, match=r"merged\.safetensors is a NAVA backbone, but the Wan2\.2 video VAE"):
         NavaPipeline.from_files(with_change(files, video_vae=path), device="cpu")
 
@@ -612,16 +616,14 @@ def test_the_pipelines_backbone_gives_the_golden_numbers(models, golden):
     cases = load_file(golden / "backbone_cases.safetensors")
     case = {key.removeprefix("t2av/"): value for key, value in cases.items() if key.startswith("t2av/")}
     inputs = [case[f"in/{name}"][None] for name in ("video", "audio")]
-    with torch.inference_mode(), NavaPipeline.from_files(files, device="cpu")._loaded("backbone") as backbone:
+    with torch.inference_mode(), NavaPipeline.from_files(files, device="cpu").components.loaded("backbone") as backbone:
         outputs = backbone(*inputs, case["in/t"], case["in/context"][None])
     for name, output in zip(("video", "audio"), outputs, strict=True):
         assert (output[0] - case[f"out/{name}"]).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize("case", ["one_second", "six_seconds", "odd_length"])
-def test_the_pipelines_voices_are_the_golden_ones(models, golden, case):
-    files = ModelFiles(**{**{role: models[role] for role in ROLES}, "speaker_encoder": golden / "redimnet_small.pt"})
+def test_the_pipelines_voices_are_the_golden_ones(golden, case):
     cases = load_file(golden / "redimnet_small_cases.safetensors")
-    pipeline = NavaPipeline.from_files(files, device="cpu")
-    (timbre,) = pipeline._encode_voices([(cases[f"{case}/in"], 16000)], [])
+    (timbre,) = stages.encode_voices(golden / "redimnet_small.pt", [(cases[f"{case}/in"], 16000)], [])
     assert (timbre - cases[f"{case}/out"]).abs().max() < 1e-4

@@ -1,0 +1,155 @@
+"""NAVA from its files: the stages of a clip in their order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..components import check_packages, load_tokenizer
+from ..prompt import timbre_inputs
+from ..sampling import Guidance, Interrupted, flow_sigmas
+from . import stages
+from .clip import Clip
+from .files import ModelFiles
+from .memory import Components, choose_device
+from .stages import Voice, clip_geometry, default_guidance, fit_picture, read_picture
+
+
+class NavaPipeline:
+    """NAVA from its files. Make one with :meth:`from_files` and call it for each clip."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        say: Callable[[str], None],
+        keep_loaded: bool,
+    ) -> None:
+        self.components = Components(files, device, dtype, say, keep_loaded)
+        self._tokenizer = load_tokenizer(files.text_encoder, files.tokenizer)
+
+    @classmethod
+    def from_files(
+        cls,
+        files: ModelFiles,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        say: Callable[[str], None] | None = None,
+        keep_loaded: bool = False,
+    ) -> NavaPipeline:
+        """A pipeline over ``files``, of which only the headers and the tokenizer are read yet.
+
+        ``device``: where the models work, as :func:`choose_device` takes it. ``dtype``: what the
+        backbone and the video VAE compute in; None for bfloat16 on a GPU (float8 weights stay float8), and on the CPU
+        for the backbone's own type and a float32 VAE; float8_e4m3fn makes the backbone's weights float8. ``say`` is
+        told in short sentences what is going on.
+
+        Text encoder and VAEs are on the device only while they work, and the backbone stays on a GPU between clips as
+        long as the others fit beside it. Otherwise a component is dropped after its work and read again for the next
+        clip; ``keep_loaded`` keeps all of them in RAM instead, which suits a batch on a machine with much RAM.
+
+        Raises, in a sentence, FileNotFoundError and WrongFileError for files that are not what they should be or a
+        missing tokenizer, RuntimeError for a missing package, ValueError for a device that is not there.
+        """
+        device = choose_device(device)
+        files.check()
+        check_packages()
+        return cls(files, device, dtype, say or _say_nothing, keep_loaded)
+
+    def unload(self) -> None:
+        """Give back all memory; the next clip loads its components again."""
+        self.components.unload()
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        seconds: float = 6.0,
+        width: int = 1280,
+        height: int = 704,
+        mode: str = "video+audio",
+        image: torch.Tensor | str | os.PathLike | None = None,
+        size_from_image: bool = True,
+        voices: Sequence[Voice] = (),
+        assignment: Sequence[int | None] | None = None,
+        negative: str = "",
+        seed: int = 0,
+        steps: int = 50,
+        shift: float = 5.0,
+        guidance: Guidance | None = None,
+        callback: Callable[[int, int, torch.Tensor | None, torch.Tensor | None], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Clip:
+        """Make one clip.
+
+        ``prompt``: one dense paragraph with speech as ``<S>words<E>``; empty for the null the model was trained with,
+        as is an empty ``negative``. ``seconds``, ``width``, ``height`` and ``mode`` as :class:`ClipGeometry` takes
+        them. ``image``, (H, W, 3) in 0..1 or a file, becomes the first frame: scaled to cover the clip and
+        centre-cropped, the clip taking the trained size nearest to its proportions unless ``size_from_image`` is off.
+        ``voices``: recordings (a file, or waveform and sample rate) or (1, 192) embeddings, bound to the spans by
+        order, or as ``assignment`` says, with a voice's number or None for each span. ``guidance`` None: the makers'
+        scales, which are lower for picture text and timbre where there are both an image and a voice.
+
+        After each step ``callback(step, steps, x0_video, x0_audio)`` is called, step from 1, with the estimates in the
+        network's space; ``should_stop`` is asked before each stage and each pass.
+
+        Raises ValueError, in a sentence, for inputs that do not fit together, before anything large is loaded;
+        Interrupted when ``should_stop`` says so; FloatingPointError where the network returns NaN or infinity.
+        """
+        stop, parts = should_stop or _never, self.components
+        picture = None if image is None else read_picture(image)
+        geometry = clip_geometry(seconds, width, height, mode, picture, size_from_image)
+        sigmas = flow_sigmas(steps, shift)
+        stages.check_speaker_encoder(parts.files.speaker_encoder, voices)
+        tokens, report = stages.tokenize(self._tokenizer, prompt, voices, assignment)
+        negative_tokens = self._tokenizer(negative) if negative.strip() else None
+        warnings = [*geometry.warnings, *([report] if tokens is not None and tokens.is_cut else [])]
+
+        _check_stop(stop)
+        timbres = stages.encode_voices(parts.files.speaker_encoder, voices, warnings)
+        timbre, positions = (None, None) if tokens is None else timbre_inputs(tokens, timbres, assignment)
+        if guidance is None:
+            guidance = default_guidance(picture is not None, timbre is not None)
+        for warning in warnings:
+            parts.say(warning)
+        _check_stop(stop)
+        context, null = stages.encode_text(parts, [tokens, negative_tokens])
+        _check_stop(stop)
+        first_frame = None if picture is None else stages.encode_picture(parts, fit_picture(picture, geometry))
+        _check_stop(stop)
+        video, audio = stages.denoise_clip(
+            parts,
+            geometry,
+            seed,
+            first_frame,
+            context=context,
+            negative=null,
+            timbre=timbre,
+            timbre_positions=positions,
+            sigmas=sigmas,
+            guidance=guidance,
+            callback=callback,
+            should_stop=should_stop,
+        )
+        _check_stop(stop)
+        frames = None if video is None else stages.decode_video(parts, video)
+        _check_stop(stop)
+        waveform, rate = (None, 0) if audio is None else stages.decode_audio(parts, audio, geometry.duration)
+        return Clip(frames, waveform, rate, video, audio, report, tuple(warnings))
+
+
+def _check_stop(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise Interrupted("The run was interrupted.")
+
+
+def _never() -> bool:
+    return False
+
+
+def _say_nothing(_: str) -> None:
+    pass

@@ -1,0 +1,216 @@
+"""What a clip goes through: its inputs made ready, then encode, denoise and decode, functions over the components."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import describe_file
+from ..components import denormalize_video, normalize_video
+from ..components.weights import need
+from ..geometry import (
+    AUDIO_BINS,
+    AUDIO_CHANNELS,
+    VIDEO_CHANNELS,
+    ClipGeometry,
+    audio_latent_to_tokens,
+    audio_tokens_to_latent,
+    choose_bucket,
+    cover_crop,
+)
+from ..media import fit_length, read_audio, read_image
+from ..prompt import PromptTokenizer, TokenizedPrompt, bind_voices
+from ..sampling import Guidance, denoise
+from ..timbre import check_voice, encode_timbre, load_redimnet
+from .memory import Components
+
+Voice = str | os.PathLike | torch.Tensor | tuple[torch.Tensor, int]
+
+BATCH_TOKENS = 8192  # up to here a GPU is faster with several predictions in one pass
+VOICE_SECONDS = 600.0  # read of a recording; the encoder takes 30 s of it
+
+# ---------------------------------------------------------------- inputs
+
+
+def default_guidance(has_image: bool, has_voice: bool) -> Guidance:
+    """The makers' guidance scales: with an image and a voice, 2 for the picture's text and for timbre instead of 3."""
+    return Guidance(video_text=2.0, audio_timbre=2.0) if has_image and has_voice else Guidance()
+
+
+def clip_geometry(
+    seconds: float, width: int, height: int, mode: str, picture: torch.Tensor | None, size_from_image: bool
+) -> ClipGeometry:
+    """The clip's geometry, for a first frame (H, W, 3) in the bucket nearest to its proportions if so wished.
+
+    Raises ValueError as :class:`ClipGeometry` does, and for a first frame of a clip without picture.
+    """
+    if picture is None:
+        return ClipGeometry(seconds, width, height, mode)
+    if mode == "audio":
+        raise ValueError("A first frame was given for a clip of sound alone: leave it out, or choose another mode.")
+    if size_from_image:
+        width, height = choose_bucket(picture.shape[1], picture.shape[0])
+    return ClipGeometry(seconds, width, height, mode)
+
+
+def clip_noise(geometry: ClipGeometry, seed: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Noise of a clip's (video (1, 48, T, H, W), audio (1, 8, L, 16)) latents, fp32 on the CPU, None for an absent one.
+
+    Both come from one generator, video first, as ComfyUI draws them for a clip's nested latent; there an absent picture
+    is one value a channel, and draws its noise too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    video = torch.randn(1, *(geometry.latent_shape or (VIDEO_CHANNELS, 1, 1, 1)), generator=generator)
+    audio = torch.randn(1, *(geometry.audio_shape or (AUDIO_CHANNELS, 1, AUDIO_BINS)), generator=generator)
+    return video if geometry.has_video else None, audio if geometry.has_audio else None
+
+
+def fit_picture(picture: torch.Tensor, geometry: ClipGeometry) -> torch.Tensor:
+    """A picture (H, W, 3) in 0..1 -> (1, height, width, 3): scaled to cover the clip's size (Lanczos), then cropped."""
+    image = need("PIL.Image", "A first frame")
+    numpy = need("numpy", "A first frame")
+    scaled, box = cover_crop(picture.shape[1], picture.shape[0], geometry.width, geometry.height)
+    levels = (picture.float() * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
+    fitted = image.fromarray(levels).resize(scaled, image.Resampling.LANCZOS).crop(box)
+    return torch.from_numpy(numpy.asarray(fitted).astype("float32") / 255)[None]
+
+
+def read_picture(image: torch.Tensor | str | os.PathLike) -> torch.Tensor:
+    """(H, W, 3) fp32 in 0..1 from a file or a tensor."""
+    if not torch.is_tensor(image):
+        return read_image(image)
+    picture = image[0] if image.ndim == 4 and image.shape[0] == 1 else image
+    if picture.ndim != 3 or picture.shape[-1] not in (3, 4) or not picture.is_floating_point():
+        raise ValueError(
+            f"A first frame is (height, width, 3) floats in 0..1; got {tuple(image.shape)} of {image.dtype}."
+        )
+    return picture[..., :3].float()
+
+
+# ---------------------------------------------------------------- stages
+
+
+def tokenize(
+    tokenizer: PromptTokenizer, prompt: str, voices: Sequence[Voice], assignment: Sequence[int | None] | None
+) -> tuple[TokenizedPrompt | None, str]:
+    """The prompt's tokens, None for an empty one, and the report; voices are checked against the spans."""
+    if not prompt.strip():
+        if voices:
+            raise ValueError("Voices were given but the prompt is empty: write the words to be said as <S>words<E>.")
+        return None, "Empty: the null the model was trained with."
+    tokens = tokenizer(prompt)
+    return tokens, tokens.report(bind_voices(tokens.spans, voices, assignment))
+
+
+def check_speaker_encoder(path: Path | None, voices: Sequence[Voice]) -> None:
+    """Raise ValueError where a voice is a recording and there is nothing to encode it with."""
+    if path is None and not all(_is_embedding(voice) for voice in voices):
+        raise ValueError(
+            "A reference voice needs the speaker encoder: give M-vb2+vox2+cnc-ft_mix.pt as speaker_encoder."
+        )
+
+
+def encode_voices(speaker_encoder: Path | None, voices: Sequence[Voice], warnings: list[str]) -> list[torch.Tensor]:
+    """(1, 192) for each voice; what weakens one is added to ``warnings``. Small, so it runs on the CPU."""
+    if not voices or all(_is_embedding(voice) for voice in voices):
+        return list(voices)
+    encoder = load_redimnet(speaker_encoder)
+    timbres = []
+    for number, voice in enumerate(voices, start=1):
+        if _is_embedding(voice):
+            timbres.append(voice)
+            continue
+        waveform, rate = voice if isinstance(voice, tuple) else read_audio(voice, VOICE_SECONDS)
+        timbres.append(encode_timbre(encoder, waveform, rate))
+        warnings += [f"Voice {number}: {sentence}" for sentence in check_voice(waveform, rate)]
+    return timbres
+
+
+def encode_text(
+    components: Components, prompts: Sequence[TokenizedPrompt | None]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Context (1, n, d) of the prompt and of the negative; None stands for the all-zero context."""
+    if all(tokens is None for tokens in prompts):
+        return torch.zeros(1, 1, _text_width(components)), None
+    with components.loaded("text_encoder") as encoder:
+        components.say("Encoding the prompt.")
+        context, negative = (None if tokens is None else encoder.encode(tokens.ids) for tokens in prompts)
+    return torch.zeros_like(negative[:, :1]) if context is None else context, negative
+
+
+def encode_picture(components: Components, picture: torch.Tensor) -> torch.Tensor:
+    """A first frame (1, height, width, 3) in 0..1 -> its latent (1, 48, 1, H, W)."""
+    with components.loaded("video_vae") as vae:
+        components.say("Encoding the first frame.")
+        return vae.encode(picture)
+
+
+def denoise_clip(
+    components: Components, geometry: ClipGeometry, seed: int, first_frame: torch.Tensor | None, **settings
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(video latent, audio latent) in the VAEs' spaces on the CPU, None for an absent one.
+
+    ``first_frame``: a latent (1, 48, 1, H, W); ``settings`` as :func:`denoise` takes them.
+    """
+    device = components.device
+    given = {} if first_frame is None else _given_frame(geometry, first_frame, device)
+    noise = [None if part is None else part.to(device) for part in clip_noise(geometry, seed)]
+    with components.loaded("backbone") as backbone:
+        components.say(f"Denoising {geometry.tokens:,} tokens in {len(settings['sigmas']) - 1} steps.")
+        for name in ("context", "negative", "timbre", "timbre_positions"):
+            tensor = settings[name]
+            if tensor is not None:
+                dtype = tensor.dtype if name == "timbre_positions" else backbone.dtype
+                settings[name] = tensor.to(device, dtype)
+        video, tokens = denoise(
+            backbone,
+            noise[0],
+            None if noise[1] is None else audio_latent_to_tokens(noise[1]),
+            batch_predictions=device.type != "cpu" and geometry.tokens <= BATCH_TOKENS,
+            **given,
+            **settings,
+        )
+    if video is not None:
+        video = denormalize_video(video).cpu()
+        if first_frame is not None:
+            video[:, :, :1] = first_frame  # exactly, not up to the rounding of there and back
+    return video, None if tokens is None else audio_tokens_to_latent(tokens).cpu()
+
+
+def decode_video(components: Components, latent: torch.Tensor) -> torch.Tensor:
+    """A video latent -> frames (T, height, width, 3) in 0..1, in tiles where a GPU has no room for the whole."""
+    with components.loaded("video_vae") as vae:
+        components.say("Decoding the picture.")
+        fits = components.make_room(vae.decode_bytes(latent.shape))
+        return vae.decode(latent, tiled=not fits)
+
+
+def decode_audio(components: Components, latent: torch.Tensor, duration: float) -> tuple[torch.Tensor, int]:
+    """Waveform (2, N), as long as the clip, and its sample rate."""
+    with components.loaded("audio_vae") as vae:
+        components.say("Decoding the sound.")
+        components.make_room(vae.decode_bytes(latent.shape))
+        return fit_length(vae.decode(latent)[0], round(duration * vae.sample_rate)), vae.sample_rate
+
+
+def _given_frame(geometry: ClipGeometry, frame: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+    """The network's starting latent with ``frame`` (1, 48, 1, H, W) of the VAE as frame 0, and the mask that keeps it.
+
+    The frames to come are zeros of the VAE's space, as in ComfyUI.
+    """
+    latent = torch.zeros(1, *geometry.latent_shape)
+    latent[:, :, :1] = frame
+    mask = torch.ones(1, 1, *geometry.latent_shape[1:])
+    mask[:, :, 0] = 0
+    return {"video_latent": normalize_video(latent).to(device), "video_mask": mask.to(device)}
+
+
+def _text_width(components: Components) -> int:
+    return describe_file(components.files.backbone).model_tensors["text_embedding.0.weight"].shape[1]
+
+
+def _is_embedding(voice: Voice) -> bool:
+    return torch.is_tensor(voice)
