@@ -1,7 +1,7 @@
 """NAVA as a ComfyUI MODEL: the core's backbone under the host's operations, patcher and sampling.
 
-Run on ComfyUI 0.18.1. What newer hosts do themselves (telling the model the latent shapes, handing callbacks the
-nested latent) is detected by what they have, and then left to them.
+Run on ComfyUI 0.18.1 and 0.33.0. What newer hosts do themselves (handing callbacks the nested latent) is seen from
+what they do, and then left to them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ...nava_core.checkpoint import (
 )
 from ...nava_core.geometry import audio_latent_to_tokens, audio_tokens_to_latent
 from .latents import absent_parts, check_shapes, map_video, shapes_of
-from .preview import video_first
+from .preview import host_unpacks, video_first
 
 # Conditioning keys of this pack; stock guiders carry them to the model like any other.
 TIMBRE = "nava_timbre"  # (1, S, 192)
@@ -130,8 +130,8 @@ class NavaModel(comfy.model_base.BaseModel):
 
     def __init__(self, model_config, device=None):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostBackbone)
-        # Newer hosts have the attribute and set it before each run; 0.18 leaves both to outer_sample below.
-        self.host_tells_shapes = hasattr(self, "latent_shapes")
+        # Set by outer_sample below. Newer hosts set it too, to the same, but only after they have asked how much memory
+        # the run will need.
         self.latent_shapes = None
         self._clean = None  # packed mask of wholly given frames and steps of the run under way
 
@@ -260,7 +260,7 @@ def outer_sample(
     model.latent_shapes = shapes
     given = _given_values(shapes, latent_image, denoise_mask)
     model._clean = _clean_values(shapes, denoise_mask)
-    if callback is not None and len(shapes) > 1 and not model.host_tells_shapes:
+    if callback is not None and len(shapes) > 1 and not host_unpacks():
         callback = video_first(callback, shapes)
     try:
         output = executor(

@@ -1,9 +1,39 @@
-"""Previews on hosts that hand the sampling callback the packed latent (ComfyUI 0.18)."""
+"""Previews on hosts that hand the sampling callback the packed latent (ComfyUI 0.18 to 0.29)."""
 
 from __future__ import annotations
 
+from functools import cache
+
+import comfy.model_patcher
+import comfy.nested_tensor
+import comfy.samplers
 import comfy.utils
 import torch
+
+from .latents import is_nested
+
+
+@cache
+def host_unpacks() -> bool:
+    """Whether the host hands sampling callbacks the nested latent (ComfyUI from 0.30 on), by what arrives at one.
+
+    By the time that a wrapper sees a callback it cannot be told from outside whether the host has put its own around
+    it, so the host's guider runs once here, over an empty model and a sampler that does nothing but call back.
+    """
+    arrived = []
+
+    class CallsBack(comfy.samplers.CFGGuider):
+        def outer_sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *_, **__):
+            callback(0, latent_image, latent_image, 1)
+            return latent_image
+
+    cpu = torch.device("cpu")
+    guider = CallsBack(comfy.model_patcher.ModelPatcher(torch.nn.Module(), cpu, cpu))
+    guider.set_conds([], [])
+    latent = comfy.nested_tensor.NestedTensor([torch.zeros(1, 1, 2, 1, 1), torch.zeros(1, 1, 2, 1)])
+    sigmas = torch.tensor([1.0, 0.0])
+    guider.sample(latent, latent, None, sigmas, callback=lambda step, x0, x, steps: arrived.append(x0))
+    return is_nested(arrived[0])
 
 
 class VideoOfPacked(torch.Tensor):

@@ -318,25 +318,66 @@ def test_other_forms_of_the_file(patcher, small_backbone, tmp_path, form):
         assert torch.equal(weight.float(), wanted.float())
 
 
-# ---------------------------------------------------------------- what only newer hosts do
+# ---------------------------------------------------------------- callbacks and latents of every host
 
 
-def test_newer_hosts_callback_is_left_alone(patcher, context, monkeypatch):
-    """Hosts that tell the model its shapes wrap the callback themselves: it then gets the packed latent from us."""
-    monkeypatch.setattr(patcher.model, "host_tells_shapes", True)
-    seen = []
-    guider = guiders.make_guider(patcher, conditioning(context), None, sampling.Guidance())
-    clip = latent()
-    guider.sample(
-        comfy.sample.prepare_noise(clip["samples"], SEED),
-        clip["samples"],
-        guiders.unipc_sampler(),
-        sampling.flow_sigmas(1),
-        callback=lambda step, x0, x, steps: seen.append(x0),
-        seed=SEED,
-    )
-    assert type(seen[0]) is torch.Tensor
-    assert seen[0].ndim == 3
+class Previewed:
+    """A host's callback as its nodes make it: looks into the video for a preview, keeps the whole for an output."""
+
+    def __init__(self):
+        self.videos, self.kept = [], []
+
+    def __call__(self, step, x0, x, steps):
+        self.kept.append(x0)
+        self.videos.append(x0.unbind()[0] if host_latents.is_nested(x0) else x0)
+
+    def last(self, shapes):
+        """What the nodes make of the kept one: (video, audio)."""
+        latent = self.kept[-1].cpu()
+        return latent.unbind() if host_latents.is_nested(latent) else comfy.utils.unpack_latents(latent, shapes)
+
+
+@pytest.mark.parametrize("guider_class", ["ours", "stock"])
+@pytest.mark.parametrize("attribute", ["as the host has it", "absent"])
+def test_callbacks_get_the_video_and_keep_the_whole(patcher, context, monkeypatch, guider_class, attribute):
+    """Whatever the host hands a callback, and whether or not it tells the model the shapes (some do only one)."""
+    if attribute == "absent":
+        monkeypatch.delattr(patcher.model, "latent_shapes", raising=False)
+    if guider_class == "ours":
+        guider = guiders.make_guider(patcher, conditioning(context), None, sampling.Guidance())
+    else:
+        guider = comfy.samplers.CFGGuider(patcher)
+        guider.set_conds([[context, {}]], [[context * 0, {}]])
+    clip, seen = latent(), Previewed()
+    noise = comfy.sample.prepare_noise(clip["samples"], SEED)
+    settings = {"callback": seen, "seed": SEED}
+    result = guider.sample(
+        noise, clip["samples"], guiders.unipc_sampler(), sampling.flow_sigmas(STEPS), **settings
+    ).unbind()
+    shapes = [part.shape for part in result]
+    assert [video.shape for video in seen.videos] == [shapes[0]] * STEPS
+    video, audio = seen.last(shapes)
+    # The last step goes to sigma 0, so the last estimate is the result.
+    assert_close(result, (patcher.model.latent_format.process_out(video), audio))
+
+
+def test_the_hosts_way_with_callbacks_is_seen_from_what_it_does(monkeypatch):
+    """Both ways, on every host: the one that it has not is played by a guider that has."""
+    preview = pack_module("nodes.host.preview")
+    for nested in (False, True):
+
+        class Guider(comfy.samplers.CFGGuider):
+            def sample(self, noise, latent_image, sampler, sigmas, callback=None, nested=nested, **settings):
+                packed, shapes = comfy.utils.pack_latents(latent_image.unbind())
+                nest = comfy.nested_tensor.NestedTensor
+
+                def unpacked(step, x0, x, steps):
+                    callback(step, nest(comfy.utils.unpack_latents(x0, shapes)), x, steps)
+
+                self.outer_sample(packed, packed, sampler, sigmas, callback=unpacked if nested else callback)
+
+        monkeypatch.setattr(comfy.samplers, "CFGGuider", Guider)
+        assert preview.host_unpacks.__wrapped__() is nested
 
 
 def test_nested_latents_are_processed_as_packed_ones(patcher):
