@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .geometry import FPS, MODES, PRESETS, ClipGeometry
-from .prompt import bind_voices, default_negative, parse_spans
+from .prompt import BUILT_IN, bind_voices, negative_text, parse_spans
 from .sampling import Guidance
 
 MAX_LINE = 1 << 20  # bytes
@@ -26,7 +26,6 @@ MIN_SECONDS, MAX_SECONDS = 1 / FPS, 60.0
 MIN_SHIFT, MAX_SHIFT = 0.01, 100.0
 MAX_NAME = 150  # bytes of an output's name without its ending; file systems allow 255
 DEFAULT_SIZE = next(iter(PRESETS.values()))
-BUILT_IN = "default"  # as a negative prompt
 BOM = b"\xef\xbb\xbf"
 HASH_CHUNK = 1 << 20
 
@@ -57,7 +56,7 @@ class LineError(ValueError):
 class Defaults:
     """What a line that says nothing about it gets. ``size`` None: the first frame's bucket, or 1280x704.
 
-    ``negative`` "default" stands for the built-in words that suit the clip's mode, empty for the trained null.
+    ``negative``: a text, "default" for the built-in terms that suit the clip's mode, or "zero" for the trained null.
     ``scales`` are the fields of ``Guidance`` that differ from what the pipeline would choose itself. Raises LineError
     for seconds or a shift out of bounds.
     """
@@ -68,7 +67,7 @@ class Defaults:
     seed: int = 0
     steps: int = 50
     shift: float = 5.0
-    negative: str = ""
+    negative: str = BUILT_IN
     scales: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -193,9 +192,6 @@ def make_job(
         raise LineError("A picture-only clip has no voices: leave them out, or make a clip with sound.")
     _check_seconds(seconds)
     geometry = ClipGeometry(seconds, *(size or DEFAULT_SIZE), mode)
-    negative = _or(negative, defaults.negative)
-    if negative == BUILT_IN:
-        negative = default_negative("audio" if mode == "audio" else "video")
     given, assignment = _bound(voices, bindings, prompt)
     return Job(
         prompt=prompt,
@@ -207,7 +203,7 @@ def make_job(
         seed=_or(seed, defaults.seed),
         steps=_or(steps, defaults.steps),
         shift=defaults.shift,
-        negative=negative,
+        negative=negative_text(_or(negative, defaults.negative), mode),
         scales=tuple(sorted(defaults.scales.items())),
         image=image,
         voices=given,

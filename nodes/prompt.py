@@ -110,8 +110,8 @@ class NavaEncodePrompt(io.ComfyNode):
                     "prompt",
                     default="",
                     multiline=True,
-                    tooltip="One dense paragraph; speech as <S>words<E>. At most 512 tokens. As a negative, leave it "
-                    "empty for the null the model was trained with.",
+                    tooltip="One dense paragraph; speech as <S>words<E>. At most 512 tokens. For a negative leave it "
+                    "empty and choose negative_terms; empty without them is the all-zero null of training.",
                 ),
                 io.Combo.Input(
                     "negative_terms",
@@ -119,7 +119,7 @@ class NavaEncodePrompt(io.ComfyNode):
                     default=NO_TERMS,
                     optional=True,
                     tooltip="For a negative: adds this pack's terms for common faults to your text. Clips with a "
-                    "picture take those for picture and sound, audio-only clips those for sound.",
+                    "picture take picture and sound, Chinese; audio-only clips sound, Chinese.",
                 ),
                 Spans.Input(
                     "spans",

@@ -71,7 +71,10 @@ def model_inputs() -> list:
         io.Model.Input("model", tooltip="From NAVA Load Backbone, with LoRAs if you like."),
         io.Conditioning.Input("positive", tooltip="From NAVA Encode Prompt."),
         io.Conditioning.Input(
-            "negative", optional=True, tooltip="What to stay away from; left open, the null the model was trained with."
+            "negative",
+            optional=True,
+            tooltip="What to stay away from: a NAVA Encode Prompt with negative_terms. Left open it is the all-zero "
+            "null of training, which the makers do not sample with.",
         ),
     ]
 

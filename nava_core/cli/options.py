@@ -193,7 +193,13 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--mode", choices=["video+audio", "audio", "video"], help="what the clip has (video+audio)")
     mode.add_argument("--audio-only", dest="mode", action="store_const", const="audio", help="sound alone, a .wav")
     mode.add_argument("--video-only", dest="mode", action="store_const", const="video", help="picture alone")
-    group.add_argument("--negative", default="", help='what to stay away from; "default" for the built-in words')
+    group.add_argument(
+        "--negative",
+        default="default",
+        metavar="TEXT",
+        help='what to stay away from: a text, "default" for the built-in Chinese terms that suit the mode, '
+        'or "zero" for the all-zero null of training (default: default)',
+    )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0, help="the noise it starts from (0)")
     sampling.add_argument("--steps", type=whole_number(1, 1000), default=50, help="denoising steps (50)")

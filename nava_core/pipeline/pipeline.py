@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..components import check_packages, load_tokenizer
-from ..prompt import timbre_inputs
+from ..prompt import negative_text, timbre_inputs
 from ..sampling import Guidance, Interrupted, flow_sigmas
 from . import stages
 from .clip import Clip
@@ -76,7 +76,7 @@ class NavaPipeline:
         size_from_image: bool = True,
         voices: Sequence[Voice] = (),
         assignment: Sequence[int | None] | None = None,
-        negative: str = "",
+        negative: str | None = None,
         seed: int = 0,
         steps: int = 50,
         shift: float = 5.0,
@@ -86,8 +86,9 @@ class NavaPipeline:
     ) -> Clip:
         """Make one clip.
 
-        ``prompt``: one dense paragraph with speech as ``<S>words<E>``; empty for the null the model was trained with,
-        as is an empty ``negative``. ``seconds``, ``width``, ``height`` and ``mode`` as :class:`ClipGeometry` takes
+        ``prompt``: one dense paragraph with speech as ``<S>words<E>``; empty for the null the model was trained with.
+        ``negative``: what to stay away from; None for the built-in Chinese terms that suit ``mode``, "zero" for the
+        null. ``seconds``, ``width``, ``height`` and ``mode`` as :class:`ClipGeometry` takes
         them. ``image``, (H, W, 3) in 0..1 or a file, becomes the first frame: scaled to cover the clip and
         centre-cropped, the clip taking the trained size nearest to its proportions unless ``size_from_image`` is off.
         ``voices``: recordings (a file, or waveform and sample rate) or (1, 192) embeddings, bound to the spans by
@@ -106,8 +107,13 @@ class NavaPipeline:
         sigmas = flow_sigmas(steps, shift)
         stages.check_speaker_encoder(parts.files.speaker_encoder, voices)
         tokens, report = stages.tokenize(self._tokenizer, prompt, voices, assignment)
-        negative_tokens = self._tokenizer(negative) if negative.strip() else None
+        negative = negative_text(negative, mode)
+        negative_tokens = self._tokenizer(negative) if negative else None
         warnings = [*geometry.warnings, *([report] if tokens is not None and tokens.is_cut else [])]
+        if negative_tokens is not None and negative_tokens.is_cut:
+            limit = negative_tokens.max_length
+            over = negative_tokens.total_tokens - limit
+            warnings.append(f"The negative is longer than {limit} tokens: its last {over} were cut.")
 
         _check_stop(stop)
         timbres = stages.encode_voices(parts.files.speaker_encoder, voices, warnings)

@@ -15,6 +15,7 @@ import pytest
 from nava_core.batch import Watcher, check_batch, run_batch
 from nava_core.checkpoint import WrongFileError
 from nava_core.jobs import MAX_LINE, Defaults, LineError, parse_line
+from nava_core.prompt import default_negative
 
 FAKE = Path(__file__).with_name("_fake_pipeline.py")
 spec = importlib.util.spec_from_file_location("_fake_pipeline", FAKE)
@@ -79,14 +80,19 @@ def test_a_line_says_everything(tmp_path):
 
 def test_what_a_line_leaves_out_comes_from_the_defaults(tmp_path):
     (tmp_path / "a.png").touch()
-    defaults = Defaults(seconds=3, seed=5, steps=9, negative="default", scales={"video_text": 4.0})
+    defaults = Defaults(seconds=3, seed=5, steps=9, scales={"video_text": 4.0})
     job = parse_line(b'{"prompt": "A bell.", "audio_only": true, "seed": null}', tmp_path, defaults)
     assert (job.seconds, job.seed, job.steps, job.mode, job.suffix) == (3, 5, 9, "audio", ".wav")
-    assert "speech" in job.negative or len(job.negative) > 10
+    assert job.negative == default_negative("audio", "zh")
     assert job.guidance.video_text == 4.0
     with_image = parse(tmp_path, prompt="A bell.", image_path="a.png")
     assert with_image.size_from_image
     assert with_image.guidance is None
+    assert with_image.negative == default_negative("video", "zh")
+    assert parse(tmp_path, prompt="a", negative="zero").request()["negative"] == ""
+    assert parse_line(b'{"prompt": "a", "negative": "default"}', tmp_path, Defaults(negative="x")).negative == (
+        default_negative("video", "zh")
+    )
 
 
 def test_voices_are_bound_to_spans(tmp_path):
@@ -208,7 +214,15 @@ def test_the_key_follows_the_content(tmp_path):
     image.write_bytes(b"one")
     base = parse(tmp_path, prompt="a", image_path="a.png")
     assert parse(tmp_path, prompt="a", image_path="./a.png", id="other", typo=1).key() == base.key()
-    others = [{"prompt": "b"}, {"seed": 1}, {"seconds": 3}, {"steps": 3}, {"width": 640, "height": 352}]
+    others = [
+        {"prompt": "b"},
+        {"seed": 1},
+        {"seconds": 3},
+        {"steps": 3},
+        {"negative": "zero"},
+        {"negative": "a"},
+        {"width": 640, "height": 352},
+    ]
     keys = {parse(tmp_path, **{"prompt": "a", "image_path": "a.png", **other}).key() for other in others}
     assert len(keys | {base.key()}) == len(others) + 1
     before = base.key()
@@ -275,6 +289,24 @@ def test_a_second_run_makes_what_is_new(tmp_path, pipeline):
     assert result.outcomes[1].file.startswith("00001-")  # where it stood when it was made
     assert (out / result.outcomes[1].file).stat().st_mtime_ns == before[result.outcomes[1].file]
     assert "changed" in (out / "b.mp4").read_text()
+
+
+def test_a_clip_of_another_default_negative_is_not_taken_for_the_same(tmp_path, pipeline):
+    source, out = write(tmp_path, {"prompt": "one"}, {"prompt": "two", "id": "b"}), tmp_path / "out"
+
+    def made_with(negative):
+        defaults = Defaults(steps=2, negative=negative)
+        return statuses(run_batch(source, out, lambda: pipeline, defaults))
+
+    assert made_with("zero") == ["made", "made"]
+    assert made_with("") == ["skipped", "skipped"]
+    assert made_with("default") == ["made", "made"]
+    assert "口型" in (out / "b.mp4").read_text().encode().decode("unicode_escape")
+    assert made_with(default_negative("video", "zh")) == [
+        "skipped",
+        "skipped",
+    ]  # the text counts, not how it was chosen
+    assert [request["negative"] for request in pipeline.requests] == ["", "", *[default_negative("video", "zh")] * 2]
 
 
 def test_nothing_is_loaded_where_nothing_is_to_be_made(tmp_path, pipeline):

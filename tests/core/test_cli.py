@@ -168,6 +168,7 @@ def test_generate_by_default(nava, models, tmp_path):
     assert request["size_from_image"]
     assert request["guidance"] is None
     assert (request["steps"], request["seconds"], request["mode"]) == (50, 6.0, "video+audio")
+    assert "口型" in request["negative"]  # the built-in Chinese terms
     again = [nava("generate", "a", "--models", models)[1].strip() for _ in range(2)]
     assert [Path(path).name for path in again] == ["nava_0_2.mp4", "nava_0_3.mp4"]  # nothing is overwritten
 

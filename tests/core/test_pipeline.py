@@ -42,7 +42,7 @@ from nava_core.pipeline import (
     memory,
     stages,
 )
-from nava_core.prompt import timbre_inputs
+from nava_core.prompt import default_negative, timbre_inputs
 from nava_core.sampling import Guidance, Interrupted, denoise, flow_sigmas
 from nava_core.timbre import encode_timbre, load_redimnet
 
@@ -158,7 +158,14 @@ def test_seed_prompt_voice_and_picture_matter_and_nothing_else_does(pipeline, cl
     again = pipeline(PROMPT, **settings)
     assert torch.equal(again.video_latent, clip.video_latent)
     assert torch.equal(again.audio_latent, clip.audio_latent)
-    for change in ({"seed": 6}, {"voices": []}, {"image": 1 - picture}, {"negative": ""}, {"guidance": Guidance()}):
+    for change in (
+        {"seed": 6},
+        {"voices": []},
+        {"image": 1 - picture},
+        {"negative": None},
+        {"negative": "zero"},
+        {"guidance": Guidance()},
+    ):
         other = pipeline(PROMPT, **{**settings, **change})
         assert (other.audio_latent - clip.audio_latent).abs().max() > 1e-3, change
         assert (other.video_latent - clip.video_latent).abs().max() > 1e-3, change
@@ -236,9 +243,38 @@ def test_a_picture_file_is_the_same_as_its_pixels(pipeline, picture, tmp_path):
 
 def test_an_empty_prompt_is_the_null_and_needs_no_text_encoder(pipeline, monkeypatch):
     monkeypatch.setattr(memory, "load_text_encoder", None)
-    clip = pipeline(" ", **SHORT)
+    clip = pipeline(" ", negative="zero", **SHORT)
     assert clip.report.startswith("Empty: the null")
     assert clip.frames.shape == (FRAMES, 32, 64, 3)
+
+
+@pytest.mark.usefixtures("_latents_only")
+@pytest.mark.parametrize(("mode", "kind"), [("video+audio", "video"), ("video", "video"), ("audio", "audio")])
+def test_a_negative_not_chosen_is_the_built_in_chinese_one(pipeline, monkeypatch, mode, kind):
+    negatives = []
+
+    def watched(*args, negative, **settings):
+        negatives.append(negative)
+        return denoise(*args, negative=negative, **settings)
+
+    monkeypatch.setattr(stages, "denoise", watched)
+    by_default = pipeline(PROMPT, mode=mode, **SHORT)
+    written = pipeline(PROMPT, mode=mode, negative=default_negative(kind, "zh"), **SHORT)
+    for part in ("video_latent", "audio_latent"):
+        ours, theirs = getattr(by_default, part), getattr(written, part)
+        assert ours is theirs is None or torch.equal(ours, theirs)
+    assert torch.equal(negatives[0], negatives[1])
+    assert negatives[0].shape[1] > 50
+    for zero in ("zero", ""):
+        pipeline(PROMPT, mode=mode, negative=zero, **SHORT)
+        assert negatives.pop() is None
+
+
+@pytest.mark.usefixtures("_latents_only")
+def test_a_negative_that_is_cut_is_warned_of(pipeline):
+    clip = pipeline("A pier.", negative="word " * 600, mode="audio", **SHORT)
+    assert any(warning.startswith("The negative is longer than 512 tokens: its last ") for warning in clip.warnings)
+    assert pipeline("A pier.", mode="audio", **SHORT).warnings == ()
 
 
 def test_bfloat16_is_near_float32(files, pipeline):

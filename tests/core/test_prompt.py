@@ -20,6 +20,7 @@ from nava_core.prompt import (
     clean_text,
     default_negative,
     insert_sentinels,
+    negative_text,
     parse_spans,
     span_voices,
     timbre_inputs,
@@ -358,12 +359,24 @@ def test_default_negatives():
     assert len(set(texts)) == 4
     assert all(len(t) > 30 and not parse_spans(t) for t in texts)
     assert all(re.search(r"[\u4e00-\u9fff]", t) for t in texts[1::2])
-    assert "picture" in default_negative("video")
-    assert "picture" not in default_negative("audio")
+    assert "picture" in default_negative("video", "en")
+    assert "picture" not in default_negative("audio", "en")
     with pytest.raises(ValueError, match="video, audio"):
         default_negative("image")
     with pytest.raises(ValueError, match="en, zh"):
         default_negative("video", "fr")
+
+
+def test_a_clips_negative_is_the_chinese_one_of_its_mode_unless_chosen():
+    video, audio = default_negative("video", "zh"), default_negative("audio", "zh")
+    for mode, text in (("video+audio", video), ("video", video), ("audio", audio)):
+        assert negative_text(None, mode) == negative_text("default", mode) == text
+        assert negative_text("zero", mode) == negative_text(" ", mode) == ""
+        assert negative_text(" blurred\n", mode) == "blurred"
+    for fault in ("画面", "口型", "底噪", "吐字含混"):  # of picture and of sound together
+        assert fault in video
+    assert "画面" not in audio
+    assert all(term.strip() for text in (video, audio) for term in text.split("，"))
 
 
 def test_no_speech_is_said_and_excludes_spans():
@@ -382,6 +395,6 @@ def test_default_negative_follows_the_text(kind):
     from nava_core.prompt import default_negative, with_default_negative
 
     terms = default_negative(kind, "en")
-    assert with_default_negative("  ", kind) == terms
-    assert with_default_negative("rain, ", kind) == f"rain, {terms}"
+    assert with_default_negative("  ", kind, "en") == terms
+    assert with_default_negative("rain, ", kind, "en") == f"rain, {terms}"
     assert with_default_negative("下雨。", kind, "zh") == f"下雨，{default_negative(kind, 'zh')}"

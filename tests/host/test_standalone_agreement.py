@@ -25,11 +25,15 @@ from nava_core.components import (  # noqa: E402
 )
 from nava_core.components.video_vae import diffusers_name, video_vae_config  # noqa: E402
 from nava_core.pipeline import ModelFiles, NavaPipeline  # noqa: E402
+from nava_core.prompt import negative_text  # noqa: E402
 
 host_text = comfy_host.pack_module("nodes.host.text_encoder")
 host_vae = comfy_host.pack_module("nodes.host.vae")
+conditions = comfy_host.pack_module("nodes.host.conditioning")
+prompt_nodes = comfy_host.pack_module("nodes.prompt")
 
 COMPONENT, LATENTS = 1e-4, 1e-3  # max abs differences
+TERMS = "picture and sound, Chinese"  # of a negative for a clip with a picture
 SETTINGS = {"seconds": 1, "width": 96, "height": 64, "seed": 11, "steps": 4}
 
 
@@ -166,8 +170,10 @@ def with_picture(graph, comfy, latent, picture):
     return graph.add("NavaFirstFrame", latent=latent, image=image, vae=vae, size="the latent's own")
 
 
-def host_latents(comfy, prefix, *, mode="video and audio", picture=None, recording=None, negative=None, **scales):
-    """(video, audio) latents of a run on the server."""
+def host_latents(
+    comfy, prefix, *, mode="video and audio", picture=None, recording=None, negative="", terms=TERMS, **scales
+):
+    """(video, audio) latents of a run on the server; by default with the negative that its workflows have."""
     graph = Graph()
     clip = graph.clip(comfy.names)
     model = graph.model({"backbone": "NAVA_calm.safetensors"})
@@ -175,8 +181,8 @@ def host_latents(comfy, prefix, *, mode="video and audio", picture=None, recordi
     latent = graph.latent(mode=mode)
     if picture is not None:
         latent = with_picture(graph, comfy, latent, picture)
-    if negative:
-        scales["negative"] = graph.prompt(clip, negative)
+    if negative is not None:
+        scales["negative"] = graph.prompt(clip, negative, negative_terms=terms)
     sampled = graph.sampler(model, graph.prompt(clip, **voices), latent, seed=11, steps=4, **scales)
     graph.save_latents(sampled, prefix)
     files = comfy.ok(graph).files
@@ -199,9 +205,31 @@ def assert_far(clip, other):
 def test_text_to_clip_agrees(comfy, pipeline):
     negative = "noise, a blurred picture"
     clip = pipeline(PROMPT, negative=negative, **SETTINGS)
-    assert_agree(clip, host_latents(comfy, "agree_text", negative=negative))
+    assert_agree(clip, host_latents(comfy, "agree_text", negative=negative, terms="none"))
     assert_far(clip, pipeline(PROMPT, **SETTINGS))
     assert_far(clip, pipeline(PROMPT, negative=negative, **{**SETTINGS, "seed": 12}))
+
+
+def test_the_default_negative_and_the_zero_one_agree(comfy, pipeline):
+    """The library's default is a node with no text of its own and Chinese terms; its "zero" is an input left open."""
+    by_default, zero = pipeline(PROMPT, **SETTINGS), pipeline(PROMPT, negative="zero", **SETTINGS)
+    assert_agree(by_default, host_latents(comfy, "agree_default"))
+    assert_agree(zero, host_latents(comfy, "agree_zero", negative=None))
+    assert_agree(zero, host_latents(comfy, "agree_empty", negative="", terms="none"))
+    assert_far(by_default, zero)
+
+
+@pytest.mark.parametrize(("terms", "mode"), [(TERMS, "video+audio"), (TERMS, "video"), ("sound, Chinese", "audio")])
+def test_a_node_with_terms_alone_encodes_exactly_the_librarys_default(small_models, terms, mode):
+    text = negative_text(None, mode)
+    with torch.inference_mode():
+        clip = host_text.load_text_encoder(small_models["text_encoder"])
+        conditioning, report = prompt_nodes.NavaEncodePrompt.execute(clip, "", negative_terms=terms).args
+        written, _, _ = conditions.encode_prompt(clip, text)
+    assert torch.equal(conditioning[0][0], written[0][0])
+    ids = load_tokenizer(small_models["text_encoder"])(text).ids
+    assert report.startswith(f"{len(ids)} of 512 tokens used.")
+    assert difference(load_text_encoder(small_models["text_encoder"]).encode(ids), conditioning[0][0]) < COMPONENT
 
 
 def test_a_clip_with_a_first_frame_agrees(comfy, pipeline, picture):
@@ -223,7 +251,9 @@ def test_a_clip_with_a_first_frame_and_a_voice_agrees_at_the_makers_scales(comfy
 def test_clips_of_one_modality_agree(comfy, pipeline, recording, mode):
     voices = [recording] if mode == "audio" else []
     clip = pipeline(PROMPT, mode=mode, voices=voices, **SETTINGS)
-    parts = host_latents(comfy, f"agree_{mode}", mode=f"{mode} only", recording=voices[0] if voices else None)
+    terms = "sound, Chinese" if mode == "audio" else TERMS
+    recording = voices[0] if voices else None
+    parts = host_latents(comfy, f"agree_{mode}", mode=f"{mode} only", recording=recording, terms=terms)
     ours = [clip.video_latent, clip.audio_latent]
     present = 0 if mode == "video" else 1
     assert ours[1 - present] is None
