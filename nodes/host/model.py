@@ -65,6 +65,11 @@ class HostBackbone(NavaBackbone):
             BackboneConfig(**config), dtype=dtype, device=device, operations=operations, attention=host_attention
         )
 
+    def to(self, *args, memory_format=None, **kwargs):
+        """As of every module, less ``memory_format``: the server's --force-channels-last is for 2-d convolutions, of
+        which there are none here, and cannot be carried out on 3-d ones."""
+        return super().to(*args, **kwargs)
+
     def forward(self, x, timestep, context, control=None, transformer_options=None, **conditions):
         """x: [video (B, 48, T, H, W), audio (B, 8, L, 16)] or video alone; velocities of the same form."""
         options = {} if transformer_options is None else transformer_options
@@ -311,7 +316,7 @@ WEIGHT_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32, "f
 def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: bool = False):
     """A NAVA checkpoint as the host's model patcher (MODEL).
 
-    ``weight_dtype``: "auto" (the host's choice for the GPU and the file; an fp8 file stays fp8) or one of
+    ``weight_dtype``: "auto" (the host's choice by its flags, the GPU and the file; an fp8 file stays fp8) or one of
     ``WEIGHT_DTYPES``: "fp8" keeps the blocks' weights in fp8 and computes as if they were bf16, "fp8 fast" multiplies
     on the GPU's fp8 units where it has them. Weights are converted tensor by tensor, or left mapped from the file
     where the host moves them itself (dynamic VRAM). Raises WrongFileError, in a sentence, for a file that is something
@@ -326,6 +331,8 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
     config = NavaConfig(asdict(backbone_config(info)))
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
+    init = (load_backbone, (path, weight_dtype))
+    weight_dtype = _with_server_flags(weight_dtype, load_device)
     stays_fp8 = _stays_fp8(info, weight_dtype, load_device)
     if stays_fp8:
         config.set_inference_dtype(torch.bfloat16, _fp8_compute_dtype(load_device))
@@ -345,9 +352,21 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
         model.load_model_weights(weights, "", assign=True)
     else:
         _stream_weights(info, model.diffusion_model)
-    patcher.cached_patcher_init = (load_backbone, (path, weight_dtype))
+    patcher.cached_patcher_init = init
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, outer_sample)
     return patcher
+
+
+def _with_server_flags(weight_dtype, load_device) -> str:
+    """ "auto" where the server was started with a flag for the weights' type (``--fp8_e4m3fn-unet`` and its like)."""
+    if weight_dtype != "auto":
+        return weight_dtype
+    dtype = comfy.model_management.unet_dtype(load_device, supported_dtypes=NavaConfig.supported_inference_dtypes)
+    if dtype.itemsize == 1:  # only a flag gives such a type here
+        if dtype is not FP8:
+            logging.warning("NAVA: %s has too few digits for these weights; they are kept in %s.", dtype, FP8)
+        return "fp8"
+    return weight_dtype
 
 
 def _choose_dtypes(info, wanted, load_device):
@@ -359,7 +378,13 @@ def _choose_dtypes(info, wanted, load_device):
         dtype = comfy.model_management.unet_dtype(
             device=load_device, model_params=parameters, supported_dtypes=supported, weight_dtype=main_dtype(info)
         )
-    return dtype, comfy.model_management.unet_manual_cast(dtype, load_device, supported)
+    cast = comfy.model_management.unet_manual_cast(dtype, load_device, supported)
+    if (cast or dtype) is torch.float16:  # only the server's --fp16-unet and --force-fp16 ask for it
+        logging.warning(
+            "NAVA was trained in bfloat16; float16, which this server's flag asks for, ends at 65504: if the picture "
+            "turns black, set weight_dtype to bf16 in NAVA Load Backbone."
+        )
+    return dtype, cast
 
 
 def _stream_weights(info, backbone) -> None:

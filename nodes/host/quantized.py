@@ -111,6 +111,13 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
+def has_values(quantised: QuantizedTensor, values: torch.Tensor) -> bool:
+    """Whether the float8 weight is exactly ``values``, so that quantising them anew could only lose."""
+    data, scale = NavaRowFP8Layout.get_plain_tensors(quantised)
+    parts = zip(*(tensor.split(CHUNK_ROWS) for tensor in (data, scale, values)), strict=True)
+    return all(torch.equal(dequantise_rows(d, s, torch.float32), v.to(torch.float32)) for d, s, v in parts)
+
+
 # ---------------------------------------------------------------- the product
 
 
@@ -202,13 +209,25 @@ def row_fp8_operations(dtype: torch.dtype, *, matmul: bool = False):
                 if self.in_features % MATMUL_MULTIPLE or self.out_features % MATMUL_MULTIPLE:
                     self._full_precision_mm = True
 
-            def set_weight(self, weight, inplace_update=False, **kwargs):
-                if inplace_update and isinstance(self.weight, QuantizedTensor):
+            def convert_weight(self, weight, **_):
+                """The exact values: float8 times its scale needs more digits than bfloat16 has."""
+                return weight.to(dtype=torch.float32).dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+            def set_weight(self, weight, inplace_update=False, return_weight=False, **kwargs):
+                if not isinstance(self.weight, QuantizedTensor):
+                    return super().set_weight(weight, inplace_update, return_weight=return_weight, **kwargs)
+                if inplace_update:
                     raise RuntimeError(
                         "This ComfyUI cannot switch LoRA hooks on fp8 weights during sampling: set weight_dtype to "
                         "bf16 in NAVA Load Backbone, or load the LoRA without hooks."
                     )
-                return super().set_weight(weight, inplace_update=inplace_update, **kwargs)
+                # The host sets small layers that nothing has changed, only to have them on the GPU.
+                kept = self.weight.detach().to(device=weight.device)
+                if not has_values(kept, weight):
+                    return super().set_weight(weight, inplace_update, return_weight=return_weight, **kwargs)
+                if return_weight:
+                    return kept
+                self.weight = nn.Parameter(kept, requires_grad=False)
 
             def state_dict(self, *args, destination=None, prefix="", **kwargs):
                 """Names and types of the makers' fp8 file: weight, weight_scale, bias."""
@@ -227,7 +246,7 @@ def row_fp8_operations(dtype: torch.dtype, *, matmul: bool = False):
                 patches = [patch for patch in patches if patch is not None]
                 if not patches:
                     return self.weight
-                weight = self.weight.to(dtype=torch.float32).dequantize()
+                weight = self.convert_weight(self.weight)
                 for patch in patches:
                     weight = patch(weight)
                 return self.set_weight(weight, seed=comfy.utils.string_to_seed(key), return_weight=True)

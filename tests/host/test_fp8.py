@@ -6,6 +6,7 @@ import types
 import comfy_host
 import pytest
 import torch
+import torch.nn.functional as F
 from graphs import Graph
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 comfy_host.import_comfyui()
 
+import comfy.cli_args  # noqa: E402
 import comfy.lora  # noqa: E402
 import comfy.memory_management  # noqa: E402
 import comfy.model_management  # noqa: E402
@@ -20,6 +22,7 @@ import comfy.model_patcher  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
+import comfy_aimdo.host_buffer  # noqa: E402
 import comfy_aimdo.model_vbar  # noqa: E402
 import comfy_aimdo.torch  # noqa: E402
 from comfy.quant_ops import QuantizedTensor  # noqa: E402
@@ -184,6 +187,20 @@ def test_memory_is_counted_for_the_dequantised_weight(patcher):
     weight = layer(patcher).weight
     assert entry[1] == weight._qdata.nbytes + weight._params.scale.nbytes + layer(patcher).bias.nbytes
     assert entry[0] >= entry[1] + weight.numel() * 4
+
+
+@pytest.mark.parametrize("flag", ["fp8_e4m3fn_unet", "fp8_e5m2_unet", "fp8_e8m0fnu_unet"])
+@pytest.mark.parametrize("file", ["plain", "fp8"])
+def test_the_servers_fp8_flags_are_weight_dtype_fp8(files, patcher, monkeypatch, caplog, flag, file):
+    monkeypatch.setattr(comfy.cli_args.args, flag, True)
+    with caplog.at_level(logging.WARNING):
+        loaded = host_model.load_backbone(getattr(files, file))
+    assert same_bits(bits(loaded), bits(patcher))
+    assert torch.equal(predict(loaded), predict(patcher))
+    assert ("has too few digits" in caplog.text) == (flag != "fp8_e4m3fn_unet")
+    assert loaded.cached_patcher_init[1][1] == "auto"
+    chosen = host_model.load_backbone(getattr(files, file), "fp32")
+    assert not isinstance(layer(chosen).weight, QuantizedTensor)
 
 
 # --- LoRA --------------------------------------------------------------------------------------------------------
@@ -378,6 +395,56 @@ def test_weight_through_the_hosts_transfer_buffer(patcher):
     assert torch.equal(weight.dequantize(), linear.weight.dequantize())
 
 
+def odd_scales(patcher):
+    """Another file's quantising: the scale of no row is its largest value / 448. Returns the bits."""
+    generator = torch.Generator().manual_seed(4)
+    for module in patcher.model.modules():
+        if isinstance(getattr(module, "weight", None), QuantizedTensor):
+            scale = module.weight._params.scale
+            scale.mul_(1 + torch.rand(scale.shape, generator=generator).to(scale.dtype))
+            keep = module.weight._qdata.to(torch.float32).abs() < 300
+            module.weight._qdata.copy_((module.weight._qdata.to(torch.float32) * keep).to(torch.float8_e4m3fn))
+    return bits(patcher)
+
+
+def test_small_layers_are_not_quantised_anew(files, monkeypatch):
+    """Dynamic VRAM copies layers below 16 KB whole, through the calls that otherwise add a LoRA."""
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", lambda *_: types.SimpleNamespace(size=0))
+    patcher = host_model.load_backbone(files.fp8)
+    assert isinstance(patcher, comfy.model_patcher.ModelPatcherDynamic)
+    original = odd_scales(patcher)
+    patcher.load(CPU)
+    assert same_bits(bits(patcher), original)
+
+
+def test_a_weight_set_to_its_own_values_keeps_its_bits(patcher):
+    original, linear = odd_scales(patcher), layer(patcher)
+    values = linear.convert_weight(linear.weight, inplace=True)
+    assert values.dtype is torch.float32
+    assert same_bits(
+        bits(patcher), (linear.set_weight(values, seed=1, return_weight=True)._qdata.view(torch.uint8), original[1])
+    )
+    linear.set_weight(values, seed=1)
+    assert same_bits(bits(patcher), original)
+    values[0, 0] += linear.weight._params.scale[0].float() * 400
+    linear.set_weight(values, seed=1)
+    assert not same_bits(bits(patcher), original)
+
+
+def fetched(linear, x):
+    """The layer's product as dynamic VRAM computes it on a GPU: there the weight is on another device than ``x``."""
+    if not hasattr(comfy.ops, "resolve_cast_module_with_vbar"):
+        return linear(x)
+    arguments = (x.dtype, CPU, x.dtype)
+    comfy.ops.cast_modules_with_vbar([linear], *arguments, False)
+    weight, bias = comfy.ops.resolve_cast_module_with_vbar(linear, *arguments, x.dtype, False)
+    linear.weight_lowvram_function.clear_prepared()
+    del linear._prefetch
+    return F.linear(x, weight, bias)
+
+
 def test_dynamic_vram_layer_with_a_lora(patcher, monkeypatch):
     """Fetched, patched and kept quantised in GPU memory at first use, then used from there."""
     linear = layer(patcher)
@@ -391,12 +458,14 @@ def test_dynamic_vram_layer_with_a_lora(patcher, monkeypatch):
     monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_unpin", lambda allocation: None)
     monkeypatch.setattr(comfy_aimdo.torch, "aimdo_to_tensor", lambda allocation, device: memory)
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(comfy.cli_args.args, "disable_pinned_memory", True)
     linear._v, linear._v_signature, linear.pin_failed, linear.seed_key = object(), None, True, LAYER
-    linear.weight_lowvram_function = comfy.model_patcher.LowVramPatch(KEY, patched.patches)
+    patch = comfy.model_patcher.LowVramPatch(KEY, patched.patches)
+    linear.weight_lowvram_function, linear._pin_state, patch._pin_state = patch, {}, {}
     x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
-    first = linear(x)  # the LoRA is added to the dequantised weight
+    first = fetched(linear, x)  # the LoRA is added to the dequantised weight
     torch.testing.assert_close(first, x @ (before + delta).T + linear.bias.float(), rtol=0, atol=1e-4)
-    second = linear(x)  # from the memory it was put back to in fp8
+    second = fetched(linear, x)  # from the memory it was put back to in fp8
     kept = linear._v_weight.to(dtype=torch.float32).dequantize()
     torch.testing.assert_close(second, x @ kept.T + linear.bias.float(), rtol=0, atol=1e-4)
     allowed = (FP8_STEP * (before + delta).abs()).maximum(2.0**-9 * linear._v_weight._params.scale.float()[:, None])

@@ -6,6 +6,7 @@ from comfy_host import import_comfyui, pack_module
 
 import_comfyui()
 
+import comfy.cli_args  # noqa: E402
 import comfy.conds  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.nested_tensor  # noqa: E402
@@ -316,6 +317,37 @@ def test_other_forms_of_the_file(patcher, small_backbone, tmp_path, form):
     for name, weight in other.model.diffusion_model.state_dict().items():
         wanted = expected[name].bfloat16() if form == "bf16" else expected[name]
         assert torch.equal(weight.float(), wanted.float())
+
+
+@pytest.mark.parametrize(
+    ("flag", "dtype", "apart"),
+    [
+        ("fp32_unet", torch.float32, 0),
+        ("fp64_unet", torch.float64, 1e-4),
+        ("bf16_unet", torch.bfloat16, 0.1),
+        ("fp16_unet", torch.float16, 0.01),
+        ("force_channels_last", torch.float32, 0),
+    ],
+)
+def test_server_flags(patcher, small_backbone, monkeypatch, caplog, flag, dtype, apart):
+    def velocities(model):
+        generator = torch.Generator().manual_seed(6)
+        shapes = ((1, 48, 2, 3, 4), (1, 8, 5, 16), (1, 9, model.diffusion_model.config.text_dim))
+        drawn = (torch.randn(shape, generator=generator).to(model.get_dtype_inference()) for shape in shapes)
+        video, audio, context = drawn
+        parts = model.diffusion_model([video, audio], torch.tensor([500.0]), context, transformer_options={})
+        return torch.cat([part.flatten() for part in parts]).double()
+
+    monkeypatch.setattr(comfy.cli_args.args, flag, True)
+    model = host_model.load_backbone(str(small_backbone)).model
+    assert model.get_dtype() is dtype
+    wanted = velocities(patcher.model)
+    assert (velocities(model) - wanted).norm() <= apart * wanted.norm()
+    assert "NAVA" not in caplog.text
+    if flag == "fp16_unet":
+        monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *_: None)  # as a GPU computes in it
+        host_model.load_backbone(str(small_backbone))
+        assert "float16" in caplog.text
 
 
 # ---------------------------------------------------------------- callbacks and latents of every host
