@@ -22,7 +22,8 @@ from typing import Any
 
 from .checkpoint import WrongFileError
 from .explain import explain, is_fatal
-from .jobs import Defaults, Job, LineError, parse_line, read_lines
+from .jobs import Defaults, Job, LineError
+from .lines import parse_line, read_lines
 
 REPORT, SUMMARY = "report.jsonl", "summary.json"
 UNFINISHED, LOCK = ".unfinished", ".batch.lock"
@@ -44,6 +45,7 @@ class Outcome:
     duplicate_of: int | None = None
     error: str | None = None
     warnings: tuple[str, ...] = ()
+    take: int | None = None  # of a line that has several, from 0
 
     def record(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if value not in (None, ())}
@@ -51,7 +53,7 @@ class Outcome:
 
 @dataclass
 class BatchResult:
-    """Counts by status, and the outcome of every line that was reached."""
+    """Counts by status, and the outcome of every line that was reached, or of each of its takes."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     interrupted: bool = False
@@ -69,13 +71,13 @@ class Watcher:
     """Is told how a batch goes on; this one keeps quiet."""
 
     def clip(self, line: int, done: int, total: int, job: Job) -> None:
-        """A clip is begun, ``done`` lines of ``total`` being behind it."""
+        """A clip is begun, ``done`` of ``total`` being behind it."""
 
     def step(self, step: int, steps: int, *_: Any) -> None:
         """A denoising step is done."""
 
     def outcome(self, outcome: Outcome) -> None:
-        """A line is done with."""
+        """A line, or a take of it, is done with."""
 
     def note(self, text: str) -> None:
         """Something the person at the terminal should know."""
@@ -93,27 +95,32 @@ class Check:
 
 def check_batch(source: str | os.PathLike, defaults: Defaults | None = None) -> Check:
     """Read and check every line of a batch file; the pictures and voices it names are read, but not decoded."""
-    lines, problems, notes, names = 0, [], [], _Names()
+    lines, problems, notes, names = set(), {}, [], _Names()
     for number, job in _jobs(Path(source), defaults or Defaults()):
-        lines += 1
+        lines.add(number)
         try:
             if isinstance(job, Exception):
                 raise job
             notes += [(number, warning) for warning in job.warnings]
             names.claim(number, job)
         except (ValueError, OSError) as error:
-            problems.append((number, explain(error)))
-    return Check(lines, tuple(problems), tuple(notes))
+            problems.setdefault(number, explain(error))
+    return Check(len(lines), tuple(problems.items()), tuple(notes))
 
 
 def _jobs(source: Path, defaults: Defaults) -> Iterator[tuple[int, Job | Exception]]:
+    """The number of every line, and its job, one for each take, or what is wrong with it."""
     folder = Path(os.path.abspath(source)).parent
     with source.open("rb") as file:
         for number, raw in read_lines(file):
+            if isinstance(raw, LineError):
+                yield number, raw
+                continue
             try:
-                yield number, raw if isinstance(raw, LineError) else parse_line(raw, folder, defaults)
+                takes = parse_line(raw, folder, defaults, source.suffix).split()
             except (ValueError, OSError) as error:
-                yield number, error
+                takes = [error]
+            yield from ((number, take) for take in takes)
 
 
 class _Names:
@@ -158,7 +165,8 @@ def run_batch(
     """
     source, folder = Path(source), Path(folder)
     defaults, watcher = defaults or Defaults(), watcher or Watcher()
-    total = sum(1 for _ in _jobs(source, defaults))
+    numbers = [number for number, _ in _jobs(source, defaults)]
+    total, lines = len(numbers), len(set(numbers))
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder), _work_folder(folder) as work:
         report = Report(folder)
@@ -172,7 +180,7 @@ def run_batch(
             result.interrupted = isinstance(error, KeyboardInterrupt)
             raise
         finally:
-            _write_summary(folder, source, total, result)
+            _write_summary(folder, source, lines, result)
     return result
 
 
@@ -271,8 +279,8 @@ class _Run:
         except Exception as error:  # whatever a line brings about, the rest goes on
             if self.debug:
                 self.watcher.note(traceback.format_exc())
-            warnings = job.warnings if isinstance(job, Job) else ()
-            outcome = Outcome(number, FAILED, error=explain(error), warnings=warnings)
+            warnings, take = (job.warnings, job.take) if isinstance(job, Job) else ((), None)
+            outcome = Outcome(number, FAILED, error=explain(error), warnings=warnings, take=take)
             if is_fatal(error):
                 self._settle(outcome)
                 raise
@@ -290,7 +298,7 @@ class _Run:
     def _clip(self, number: int, job: Job, total: int) -> Outcome:
         file, key = self.names.claim(number, job)
         first = self.done.get(key)
-        known = {"line": number, "key": key, "warnings": job.warnings, "duplicate_of": first}
+        known = {"line": number, "key": key, "warnings": job.warnings, "duplicate_of": first, "take": job.take}
         there = self._there(file, key, job)
         if there is not None:
             self.done.setdefault(key, number)
@@ -340,7 +348,7 @@ class _Run:
         self.made[key] = file
         warnings = (*job.warnings, *(w for w in getattr(clip, "warnings", ()) if w not in job.warnings))
         took = round(time.monotonic() - start, 3)
-        return Outcome(number, MADE, file, key, self._size(file), took, warnings=warnings)
+        return Outcome(number, MADE, file, key, self._size(file), took, warnings=warnings, take=job.take)
 
     def _move_into_place(self, file: str) -> None:
         with (self.work / file).open("rb") as whole:
@@ -415,12 +423,12 @@ def _work_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_summary(folder: Path, source: Path, total: int, result: BatchResult) -> None:
+def _write_summary(folder: Path, source: Path, lines: int, result: BatchResult) -> None:
     summary = {
         "source": str(source),
         "finished": _now(),
         "interrupted": result.interrupted,
-        "lines": total,
+        "lines": lines,
         "counts": dict(result.counts),
         "clips": [outcome.record() for outcome in result.outcomes],
     }

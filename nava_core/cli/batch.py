@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .options import (
     model_files,
     model_names,
     pipeline_opener,
+    whole_number,
     writable_folder,
 )
 from .progress import Progress, format_duration
@@ -26,19 +28,23 @@ SHOWN_PROBLEMS = 10
 
 DESCRIPTION = """A clip for every line of FILE, the models being loaded once. A line is a JSON object:
 
-  prompt                      the prompt, speech written as <S>words<E> (the one key that must be there)
+  prompt (or text, txt)       the prompt, speech written as <S>words<E> (the one key that must be there)
   image_path                  the first frame
-  spk_wavs                    list of reference voices: one for all spans, or one a span, null for none
+  spk_wavs                    list of reference voices: one for all spans, or one a span, null (or "None") for none
   seconds, width, height      as --seconds and --size
   seed, steps, negative       as the options of those names (negative: a text, "default" or "zero")
+  gen_turn                    as --gen-turn
   audio_only, video_only      true: a WAV of sound alone, an MP4 of picture alone
   id (or name)                the clip's file name without ending; without it, line number and a hash of the content
 
-Files are sought beside FILE. Options below hold for lines that say nothing else. A line that cannot be used or fails
-is recorded and the rest goes on. Run the same command again to go on after an interruption or a repair: what is
-finished is skipped, a changed line is made again. A line with the same content as an earlier one is not made twice:
-it refers to that clip, or gets a link to it under its own id. The models, --device and --dtype are not part of a
-line's content: clips of other models belong in another folder, or --remake.
+In a .txt a line is a prompt, with " image_path:" and the first frame behind it where there is one; in a .lst it is
+id|words of the recording|recording|words to say, and a WAV of these words in the recording's voice and pace is made.
+
+Files are sought beside FILE, then in the working directory. Options below hold for lines that say nothing else. A line
+that cannot be used or fails is recorded and the rest goes on. Run the same command again to go on after an
+interruption or a repair: what is finished is skipped, a changed line is made again. A line with the same content as an
+earlier one is not made twice: it refers to that clip, or gets a link to it under its own id. The models, --device and
+--dtype are not part of a line's content: clips of other models belong in another folder, or --remake.
 
 FOLDER gets the clips, report.jsonl (every line's fate as it happens) and summary.json (all lines of the last run)."""
 
@@ -60,6 +66,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="keep all models in RAM between clips instead of reading them again (default: where they fit)",
     )
+    parser.add_argument(
+        "--gen-turn",
+        type=whole_number(1, 1000),
+        default=1,
+        metavar="N",
+        help="takes of every line: ID-0, ID-1 ..., with the line's seed, the next one ... (1)",
+    )
     parser.add_argument("--remake", action="store_true", help="make all clips, finished ones too")
     add_clip_options(parser)
     add_model_options(parser)
@@ -72,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"There is no file {args.file}: give a file of JSON lines.")
     if args.out is None and not args.check:
         raise UsageError("Say where the clips go: --out FOLDER.")
-    defaults = defaults_of(args)
+    defaults = replace(defaults_of(args), gen_turn=args.gen_turn)
     check = check_batch(args.file, defaults)
     if not check.lines:
         raise UsageError(f"{args.file} has no lines: a line is one clip.")
@@ -151,12 +164,12 @@ class _Watcher:
     def outcome(self, outcome: Any) -> None:
         self.counts[outcome.status] = self.counts.get(outcome.status, 0) + 1
         for warning in outcome.warnings if outcome.status in ("made", "failed") else ():
-            self.progress.say(f"Line {outcome.line}: note: {warning}")
+            self.progress.say(f"{_place(outcome)}: note: {warning}")
         if outcome.status == "made":
             self.making += outcome.seconds
-            self.progress.say(f"Line {outcome.line}: {outcome.file} in {format_duration(outcome.seconds)}")
+            self.progress.say(f"{_place(outcome)}: {outcome.file} in {format_duration(outcome.seconds)}")
         elif outcome.status == "failed":
-            self.progress.say(f"Line {outcome.line}: failed: {outcome.error}")
+            self.progress.say(f"{_place(outcome)}: failed: {outcome.error}")
 
     def note(self, text: str) -> None:
         self.progress.say(text.rstrip())
@@ -171,11 +184,15 @@ def _print_summary(result: Any, watcher: _Watcher, total: int, folder: Path) -> 
     took = format_duration(time.monotonic() - watcher.start)
     print(f"{watcher.summary(total)}, in {took}.")
     for failure in result.failures[:SHOWN_PROBLEMS]:
-        print(f"  line {failure.line}: {failure.error}")
+        print(f"  {_place(failure).lower()}: {failure.error}")
     if len(result.failures) > SHOWN_PROBLEMS:
         print(f"  and {len(result.failures) - SHOWN_PROBLEMS} more")
     print(f"Clips, report.jsonl and summary.json: {folder}")
     sys.stdout.flush()
+
+
+def _place(outcome: Any) -> str:
+    return f"Line {outcome.line}" + ("" if outcome.take is None else f", take {outcome.take}")
 
 
 def _lines(count: int) -> str:

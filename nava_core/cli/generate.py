@@ -84,8 +84,8 @@ def _job(args: argparse.Namespace) -> Any:
         return make_job(
             prompt,
             defaults=defaults,
-            image=None if args.image is None else existing_file(args.image, here, "image"),
-            voices=[existing_file(voice, here, "voice") for voice in voices],
+            image=None if args.image is None else existing_file(args.image, "image", here),
+            voices=[existing_file(voice, "voice", here) for voice in voices],
             bindings=bindings,
         )
     except ValueError as error:

@@ -88,12 +88,12 @@ class NavaPipeline:
 
         ``prompt``: one dense paragraph with speech as ``<S>words<E>``; empty for the null the model was trained with.
         ``negative``: what to stay away from; None for the built-in Chinese terms that suit ``mode``, "zero" for the
-        null. ``seconds``, ``width``, ``height`` and ``mode`` as :class:`ClipGeometry` takes
-        them. ``image``, (H, W, 3) in 0..1 or a file, becomes the first frame: scaled to cover the clip and
-        centre-cropped, the clip taking the trained size nearest to its proportions unless ``size_from_image`` is off.
-        ``voices``: recordings (a file, or waveform and sample rate) or (1, 192) embeddings, bound to the spans by
-        order, or as ``assignment`` says, with a voice's number or None for each span. ``guidance`` None: the makers'
-        scales, which are lower for picture text and timbre where there are both an image and a voice.
+        null. ``seconds``, ``width``, ``height`` and ``mode`` as :class:`ClipGeometry` takes them. ``image``, (H, W, 3)
+        in 0..1 or a file, becomes the first frame: scaled to cover the clip and centre-cropped, the clip taking the
+        trained size nearest to its proportions unless ``size_from_image`` is off. ``voices``: recordings (a file, or
+        waveform and sample rate) or (1, 192) embeddings, bound to the spans by order, or as ``assignment`` says, with
+        a voice's number, or None for the null voice, for each span. ``guidance`` None: the makers' scales, which are
+        lower for picture text and timbre where there are both an image and a voice.
 
         After each step ``callback(step, steps, x0_video, x0_audio)`` is called, step from 1, with the estimates in the
         network's space; ``should_stop`` is asked before each stage and each pass.

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 SPAN_START = "<S>"
 SPAN_END = "<E>"
+OTHER_END = "</S>"  # closes a span too: some of the makers' prompts have it
 SENTINEL = "<extra_id_2>"
 
-_MARKS = re.compile(r"<S>|<E>|<extra_id_\d+>")
+_MARKS = re.compile(r"<S>|<E>|</S>|<extra_id_\d+>")
 
 
 class SpanError(ValueError):
@@ -25,7 +26,8 @@ class SpanError(ValueError):
 class SpeechSpan:
     """One spoken passage of a prompt.
 
-    `words` is what is said, without surrounding space; `prompt[start:end]` is the whole `<S>words<E>`;
+    `words` is what is said, without surrounding space; `prompt[start:end]` is the whole `<S>words<E>`, closed by
+    `<E>` or `</S>`;
     `index` counts the spans of the prompt from 0.
     """
 
@@ -58,10 +60,10 @@ def parse_spans(prompt: str) -> list[SpeechSpan]:
                     at,
                 )
             opened = at
-        elif mark.group() == SPAN_END:
+        elif mark.group() in (SPAN_END, OTHER_END):
             if opened is None:
                 raise SpanError(
-                    f"{SPAN_END} at {where} closes a speech span that was never opened: "
+                    f"{mark.group()} at {where} closes a speech span that was never opened: "
                     f"write {SPAN_START} before its words.",
                     at,
                 )
@@ -90,8 +92,8 @@ def parse_spans(prompt: str) -> list[SpeechSpan]:
 
 
 def insert_sentinels(prompt: str) -> str:
-    """`prompt` with the timbre token's sentinel after every `<S>`, as the model was trained."""
-    return prompt.replace(SPAN_START, SPAN_START + SENTINEL)
+    """`prompt` as the model was trained: the timbre token's sentinel after every `<S>`, every span closed by `<E>`."""
+    return prompt.replace(SPAN_START, SPAN_START + SENTINEL).replace(OTHER_END, SPAN_END)
 
 
 def contains_marks(text: str) -> bool:

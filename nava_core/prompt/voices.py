@@ -15,8 +15,8 @@ def bind_voices(spans: Sequence, voices: Sequence, assignment: Sequence[int | No
     """The index into `voices` for each span, None for a span without a voice.
 
     Without `assignment` the i-th voice goes to the i-th span and a single voice serves all spans. `assignment`
-    says it outright: per span an index into `voices` counted from 0, or None. Where any voice is given, a span
-    bound to None gets the learned null voice (an all-zero embedding), as in training.
+    says it outright: per span an index into `voices` counted from 0, or None, which gives the span the learned null
+    voice (an all-zero embedding), as in training.
 
     Raises `ValueError` for voices without a span to speak, more voices than spans, several voices but fewer
     than spans without `assignment`, and an assignment of the wrong length or out of range.
@@ -87,16 +87,16 @@ def timbre_inputs(
     """The backbone's timbre inputs for a tokenised prompt and its reference voices.
 
     `voices`: embeddings (1, 192) or (192,). Returns timbre (1, S, 192) in fp32 and positions (1, S) int64, one
-    entry a span: zeros where a span has no voice, position -1 where a span was cut off. Without any voice
-    (None, None): the timbre tokens then stay as the text encoder made them.
+    entry a span: zeros where a span has no voice, position -1 where a span was cut off. Without voices and an
+    `assignment` that says so for every span: (None, None), the timbre tokens stay as the text encoder made them.
 
     Raises `ValueError` as `bind_voices` does, and for a voice that is not a finite (1, 192) embedding.
     """
     binding = bind_voices(tokenized.spans, voices, assignment)
-    if not voices:
+    if not binding or (not voices and assignment is None):
         return None, None
     rows = [_embedding(voice, i) for i, voice in enumerate(voices)]
-    silent = torch.zeros_like(rows[0])
+    silent = torch.zeros_like(rows[0]) if rows else torch.zeros(TIMBRE_WIDTH)
     timbre = torch.stack([silent if i is None else rows[i] for i in binding]).unsqueeze(0)
     positions = torch.tensor([tokenized.timbre_positions], dtype=torch.int64, device=timbre.device)
     return timbre, positions

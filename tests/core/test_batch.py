@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+import wave
 from pathlib import Path
 
 import pytest
 
 from nava_core.batch import Watcher, check_batch, run_batch
 from nava_core.checkpoint import WrongFileError
-from nava_core.jobs import MAX_LINE, Defaults, LineError, parse_line
+from nava_core.jobs import Defaults, LineError
+from nava_core.lines import MAX_LINE, parse_line
 from nava_core.prompt import default_negative
 
 FAKE = Path(__file__).with_name("_fake_pipeline.py")
@@ -139,6 +141,9 @@ def test_voices_are_bound_to_spans(tmp_path):
         ({"prompt": SPEECH, "spk_wavs": [None, "here.png", "also.png"]}, "3 voices"),
         ({"prompt": "<S>a<E>", "spk_wavs": [1]}, "spk_wavs must be a list"),
         ({"prompt": "<S>a<E>", "spk_wavs": ["here.png"], "video_only": True}, "no voices"),
+        ({"prompt": "a", "gen_turn": 0}, "gen_turn must be a whole number from 1"),
+        ({"text": 7}, "text must be text"),
+        ({"prompt": "a</S>"}, "never opened"),
         ({"prompt": "a", "id": "../../etc/x"}, "cannot be a file's name"),
         ({"prompt": "a", "id": ".hidden"}, "cannot be a file's name"),
         ({"prompt": "a", "id": "x" * 151}, "cannot be a file's name"),
@@ -544,6 +549,156 @@ def test_one_batch_a_folder(tmp_path, pipeline):
 
     with pytest.raises(BlockingIOError, match="Another batch"):
         run_batch(source, tmp_path / "out", second, FAST)
+
+
+# --- the makers' own files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The working directory, which has a picture and two voices; the batch file lies in another folder."""
+    place = tmp_path / "work"
+    for name in ("cases/pier.png", "cases/anna.wav", "cases/ben.wav"):
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    (tmp_path / "lists").mkdir()
+    monkeypatch.chdir(place)
+    return place / "cases"
+
+
+MAKERS_LINES = [
+    {"prompt": "码头的清晨，海鸥鸣叫。"},
+    {"text": "山路上的单车，轮胎摩擦声。"},
+    {"txt": "雨夜的车站，雨声。"},
+    {"prompt": "男子说道：<S>The kettle is on.<E>。他放下杯子。"},
+    {"prompt": "她说 <S>It is late, but not too late !</S>。背景是风声。"},
+    {"prompt": "一只猫望向窗外。", "image_path": "cases/pier.png"},
+    {"prompt": "他说：<S>Stay here.<E>", "image_path": "cases/pier.png", "spk_wavs": ["cases/anna.wav"]},
+    {"prompt": "甲：<S>Ready?<E> 乙：<S>Ready.<E>", "spk_wavs": ["cases/anna.wav", "cases/ben.wav"]},
+    {"prompt": "甲：<S>Ready?<E> 乙：<S>Ready.<E>", "spk_wavs": ["None", "cases/ben.wav"]},
+    {"prompt": "甲：<S>One.<E> 乙：<S>Two.<E>", "spk_wavs": ["None", ""]},
+    {"prompt": "溪水声，没有人物对白。", "spk_wavs": []},
+    {"prompt": "溪水声，没有旁白。", "spk_wavs": ["None"], "image_path": None},
+    {"prompt": "森林的鸟鸣声。", "image_path": "", "spk_wavs": None},
+]
+
+
+def test_every_form_of_the_makers_lines_runs(tmp_path, elsewhere, pipeline):
+    source = write(tmp_path / "lists", *MAKERS_LINES)
+    result = run(source, tmp_path / "out", pipeline)
+    assert statuses(result) == ["made"] * len(MAKERS_LINES), result.failures
+    assert all(not outcome.warnings or outcome.warnings == ("the voice is quiet",) for outcome in result.outcomes)
+    asked = pipeline.requests
+    assert [request["prompt"] for request in asked] == [next(iter(line.values())) for line in MAKERS_LINES]
+    assert [request["image"] for request in asked] == [
+        elsewhere / "pier.png" if line.get("image_path") else None for line in MAKERS_LINES
+    ]
+    anna, ben = elsewhere / "anna.wav", elsewhere / "ben.wav"
+    assert [(request["voices"], request["assignment"]) for request in asked[6:]] == [
+        ((anna,), None),
+        ((anna, ben), None),
+        ((ben,), (None, 0)),
+        ((), (None, None)),  # the null voice in both spans
+        ((), None),
+        ((), None),
+        ((), None),
+    ]
+
+
+def test_files_are_sought_beside_the_batch_file_first(tmp_path, elsewhere):
+    beside = tmp_path / "lists" / "cases" / "pier.png"
+    beside.parent.mkdir()
+    beside.write_bytes(b"beside")
+    assert parse(tmp_path / "lists", prompt="a", image_path="cases/pier.png").image == beside
+    beside.unlink()
+    assert parse(tmp_path / "lists", prompt="a", image_path="cases/pier.png").image == elsewhere / "pier.png"
+    with pytest.raises(LineError, match=rf"no image {tmp_path}/lists/x.png: .* {tmp_path}/lists or {tmp_path}/work"):
+        parse(tmp_path / "lists", prompt="a", image_path="x.png")
+
+
+def test_a_text_file_has_a_prompt_a_line(tmp_path, elsewhere, pipeline):
+    lines = [
+        "清晨的港口，汽笛声。",
+        "A cat looks up. image_path:cases/pier.png",
+        '{"text": "<S>Hi.</S>", "id": "j"}',
+        "a <S>b",
+    ]
+    source = write(tmp_path / "lists", *lines, name="prompts.txt")
+    result = run(source, tmp_path / "out", pipeline)
+    assert statuses(result) == ["made", "made", "made", "failed"]
+    assert [(request["prompt"], request["image"]) for request in pipeline.requests] == [
+        (lines[0], None),
+        ("A cat looks up.", elsewhere / "pier.png"),
+        ("<S>Hi.</S>", None),
+    ]
+    assert "never closed" in result.failures[0].error
+    as_json = run(write(tmp_path / "lists", lines[0], name="prompts.jsonl"), tmp_path / "out", pipeline)
+    assert "not JSON" in as_json.failures[0].error
+
+
+def test_a_speech_benchmarks_lines(tmp_path, pipeline):
+    with wave.open(str(tmp_path / "ref.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(16000 * 2 * 4))  # 4 s
+    lines = [
+        "utt-1|twelve signs|ref.wav|six sg",
+        "utt-2|a|ref.wav",
+        "utt-3|one|gone.wav|two",
+        "utt-4|a|ref.wav|" + "b" * 99,
+    ]
+    result = run(write(tmp_path, *lines, name="meta.lst"), tmp_path / "out", pipeline)
+    assert statuses(result) == ["made", "failed", "failed", "failed"]
+    (request,) = pipeline.requests
+    assert (request["prompt"], request["voices"], request["mode"]) == ("<S>six sg<E>", (tmp_path / "ref.wav",), "audio")
+    assert request["seconds"] == 2.0  # half the words of a recording of 4 s
+    assert clips(tmp_path / "out") == ["utt-1.wav"]
+    words = ("id|words of the recording|recording|words to say", "no voice", "too long")
+    for failure, expected in zip(result.failures, words, strict=True):
+        assert expected in failure.error
+
+
+def test_takes_have_seeds_and_files_of_their_own_and_go_on(tmp_path, pipeline):
+    lines = [
+        {"prompt": "one", "id": "a", "seed": 5, "gen_turn": 3},
+        {"prompt": "two"},
+        {"prompt": "BOOM", "gen_turn": 2},
+    ]
+    source, out = write(tmp_path, *lines), tmp_path / "out"
+    result = run(source, out, pipeline)
+    assert statuses(result) == ["made", "made", "made", "made", "failed", "failed"]
+    assert [(outcome.line, outcome.take) for outcome in result.outcomes] == [
+        (1, 0), (1, 1), (1, 2), (2, None), (3, 0), (3, 1),
+    ]  # fmt: skip
+    assert [request["seed"] for request in pipeline.requests] == [5, 6, 7, 0, 0, 1]
+    assert clips(out)[1:] == ["a-0.mp4", "a-1.mp4", "a-2.mp4"]
+    assert [record["take"] for record in records(out) if record.get("line") == 1] == [0, 1, 2]
+    assert json.loads((out / "summary.json").read_text())["lines"] == 3
+
+    (out / "a-1.mp4").unlink()
+    second = fake.FakePipeline()
+    result = run(write(tmp_path, {**lines[0], "gen_turn": 4}, lines[1]), out, second)
+    assert statuses(result) == ["skipped", "made", "skipped", "made", "skipped"]
+    assert [request["seed"] for request in second.requests] == [6, 8]
+    assert clips(out)[1:] == ["a-0.mp4", "a-1.mp4", "a-2.mp4", "a-3.mp4"]
+
+
+def test_takes_come_from_the_defaults_too(tmp_path, pipeline):
+    source = write(tmp_path, {"prompt": "one", "seed": 2**64 - 1}, {"prompt": "two", "gen_turn": 1})
+    result = run_batch(source, tmp_path / "out", lambda: pipeline, Defaults(steps=2, gen_turn=2))
+    assert statuses(result) == ["made"] * 3
+    assert [request["seed"] for request in pipeline.requests] == [2**64 - 1, 0, 0]
+    assert [clip[:6] for clip in clips(tmp_path / "out")] == ["00001-", "00001-", "00002-"]
+    check = check_batch(
+        write(tmp_path, {"prompt": "a", "id": "x", "gen_turn": 9, "typo": 1}, {"prompt": "b", "id": "x-8"})
+    )
+    assert (check.lines, len(check.notes)) == (2, 1)
+    assert check.problems == ((2, "The id 'x-8' is already that of line 1: give every clip its own."),)
+
+
+def test_of_two_prompts_in_a_line_the_first_key_counts(tmp_path):
+    job = parse(tmp_path, text="b", prompt="a", txt="a")
+    assert (job.prompt, job.warnings) == ("a", ("The prompt is 'prompt'; 'text' says another.",))
 
 
 # --- kills -------------------------------------------------------------------------------------------------------

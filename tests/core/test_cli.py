@@ -253,6 +253,17 @@ def test_a_missing_package_is_named(nava, models, monkeypatch):
 # --- batch -------------------------------------------------------------------------------------------------------
 
 
+def test_batch_makes_takes(nava, models, tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one", "id": "a"}\n{"prompt": "BOOM", "id": "b"}')
+    code, out, err = nava("batch", "b.jsonl", "--out", "out", "--models", models, "--steps", "1", "--gen-turn", "2")
+    assert code == 1
+    assert out.splitlines()[0].startswith("2 lines: 2 made, 2 failed, in ")
+    assert "  line 2, take 1: The network returned NaN at step 3." in out
+    assert "Line 1, take 0: a-0.mp4 in" in err
+    assert [request["seed"] for request in nava.pipeline.requests] == [0, 1, 0, 1]
+    assert nava("batch", "b.jsonl", "--out", "out", "--models", models, "--gen-turn", "0")[0] == 2
+
+
 def test_batch_prints_a_summary(nava, models, tmp_path):
     lines = ['{"prompt": "one"}', '{"prompt": "BOOM"}', "{bad", '{"prompt": "one"}', '{"prompt": "two", "steps": 2}']
     (tmp_path / "b.jsonl").write_text("\n".join(lines))

@@ -193,6 +193,22 @@ def test_voices_come_as_files_waveforms_or_embeddings_and_bind_as_assigned(pipel
     assert any(warning.startswith("Voice 1: The voice lasts only 0.50 s") for warning in short.warnings)
 
 
+@pytest.mark.usefixtures("_latents_only")
+def test_spans_said_to_have_no_voice_get_the_null_voice(pipeline):
+    null = pipeline(PROMPT, assignment=[None, None], mode="audio", **SHORT)
+    zeros = pipeline(PROMPT, voices=[torch.zeros(1, 192)], mode="audio", **SHORT)
+    silent = pipeline(PROMPT, mode="audio", **SHORT)
+    assert torch.equal(null.audio_latent, zeros.audio_latent)
+    assert (null.audio_latent - silent.audio_latent).abs().max() > 1e-3
+
+
+@pytest.mark.usefixtures("_latents_only")
+def test_the_makers_other_closing_mark_makes_the_same_clip(pipeline):
+    clips = [pipeline(prompt, mode="audio", **SHORT) for prompt in (PROMPT, PROMPT.replace("<E>", "</S>"))]
+    assert torch.equal(clips[0].audio_latent, clips[1].audio_latent)
+    assert clips[0].report == clips[1].report
+
+
 def test_noise_is_drawn_picture_first_from_one_generator():
     geometry = ClipGeometry(0.5, 64, 32)
     video, audio = clip_noise(geometry, 2**63)

@@ -97,6 +97,15 @@ def test_sentinel_goes_behind_each_mark():
     assert insert_sentinels("a<S>b<E><S>c<E>") == "a<S><extra_id_2>b<E><S><extra_id_2>c<E>"
 
 
+def test_the_makers_other_closing_mark_is_the_same():
+    (first, second) = parse_spans("a <S>one</S> b <S>two<E>")
+    assert (first.words, second.words, first.end) == ("one", "two", 12)
+    assert insert_sentinels("a <S>one</S>") == insert_sentinels("a <S>one<E>")
+    for wrong in ("one</S>", "<S>one</S><E>", "<S></S>"):
+        with pytest.raises(SpanError):
+            parse_spans(wrong)
+
+
 @pytest.mark.parametrize(
     ("raw", "clean"),
     [
