@@ -10,6 +10,10 @@ NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memo
 FATAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
+class TooLittleMemoryError(RuntimeError):
+    """A device has too little memory for what cannot be done in parts; the message says what can be done about it."""
+
+
 def explain(error: BaseException) -> str:
     """One line that says what was wrong: the error's own sentence where it has one, else its type and what it says."""
     if "OutOfMemory" in type(error).__name__:

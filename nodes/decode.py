@@ -4,8 +4,9 @@ from comfy_api.latest import io
 
 from ..nava_core.geometry import FPS
 from ..nava_core.media import LOUDNESS_MODES
-from .host.vae import decode_audio_clips, decode_video_clips
+from .host.audio_vae import decode_audio_clips
 from .host.video import MuxedVideo
+from .host.video_vae import decode_video_clips
 from .types import category
 
 

@@ -4,9 +4,10 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..nava_core.timbre import load_redimnet
+from .host.audio_vae import load_audio_vae
 from .host.model import WEIGHT_DTYPES, load_backbone
 from .host.text_encoder import load_text_encoder
-from .host.vae import load_audio_vae, load_video_vae
+from .host.video_vae import load_video_vae
 from .types import SpeakerEncoder, category
 
 DEVICES = ["default", "cpu"]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import FileInfo, FileKind, WrongFileError, open_checkpoint
+from ..explain import TooLittleMemoryError
 from ..geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VIDEO_CHANNELS, frames_of_latents
 from .weights import fill, need, recognised, shapes_of
 
@@ -21,6 +22,8 @@ PATCH = 2  # pixels a side that the VAE folds into channels before its first lay
 # What a decode holds at its peak, beside workspaces: tensors of 4 frames at full resolution and width, and copies of
 # the whole picture, which grows by one latent frame at a time.
 DECODE_TENSORS, DECODE_PICTURES = 30, 3
+# Values held at a time by an encode, for each pixel of a frame and each channel of the first layer: ComfyUI's estimate.
+ENCODE_VALUES = 21
 TILE, TILE_STRIDE = 512, 448  # pixels
 
 
@@ -35,8 +38,9 @@ class VideoVAE(nn.Module):
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames (F, H, W, 3) in 0..1 of one clip -> its latent (1, 48, (F + 3) // 4, H / 16, W / 16), fp32 on the CPU.
 
-        One frame makes the first latent frame of a clip that begins with it. Raises ValueError for other shapes, and
-        for sides that are no multiple of 16.
+        One frame makes the first latent frame of a clip that begins with it. Always whole: tiles make another latent.
+        Raises ValueError for other shapes and for sides that are no multiple of 16, TooLittleMemoryError where the
+        device's memory is short.
         """
         if frames.ndim != 4 or frames.shape[-1] != 3 or any(side % PIXELS_PER_LATENT for side in frames.shape[1:3]):
             raise ValueError(
@@ -44,11 +48,20 @@ class VideoVAE(nn.Module):
                 f"got {tuple(frames.shape)}."
             )
         pixels = frames.movedim(-1, 0)[None].to(self._device, self._dtype) * 2 - 1
-        self.network.use_tiling = False  # a tiled decode may have left it on; a latent of tiles is another one
+        self.network.use_tiling = False  # a tiled decode may have left it on
         try:
             return self.network.encode(pixels).latent_dist.mode().float().cpu()
+        except torch.OutOfMemoryError:
+            pass  # raised below, where the failed pass no longer holds its tensors
         finally:
             self.network.clear_cache()  # which holds frames on the device, and is left full where a pass fails
+        what = "a first frame" if len(frames) == 1 else f"{len(frames)} frames"
+        raise TooLittleMemoryError(
+            f"There is too little free memory on {self._device} for encoding {what} of {frames.shape[2]}x"
+            f"{frames.shape[1]}, which needs about {self.encode_bytes(frames.shape) / 2**30:.1f} GB and is not done in "
+            "tiles, for they change the result: make the clip smaller, free the memory other programs hold, or work on "
+            "the CPU."
+        )
 
     @torch.no_grad()
     def decode(self, latent: torch.Tensor, *, tiled: bool = False) -> torch.Tensor:
@@ -70,6 +83,10 @@ class VideoVAE(nn.Module):
         frames = torch.empty(*decoded.shape[1:], 3)
         frames.copy_(decoded.movedim(0, -1))
         return frames.add_(1).div_(2).clamp_(0, 1)
+
+    def encode_bytes(self, shape: tuple[int, ...]) -> int:
+        """An estimate of the memory that encoding frames of ``shape`` (F, H, W, 3) takes beside the weights."""
+        return ENCODE_VALUES * shape[1] * shape[2] * self.network.config.base_dim * self._dtype.itemsize
 
     def decode_bytes(self, shape: tuple[int, ...]) -> int:
         """An estimate of the memory that decoding a whole latent of ``shape`` takes beside the weights."""

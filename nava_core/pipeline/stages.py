@@ -145,6 +145,7 @@ def encode_picture(components: Components, picture: torch.Tensor) -> torch.Tenso
     """A first frame (1, height, width, 3) in 0..1 -> its latent (1, 48, 1, H, W)."""
     with components.loaded("video_vae") as vae:
         components.say("Encoding the first frame.")
+        components.make_room(vae.encode_bytes(picture.shape))
         return vae.encode(picture)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ...nava_core.geometry import PIXELS_PER_LATENT, choose_bucket, cover_crop
 from .latents import is_nested, video_part
-from .vae import encode_video
+from .video_vae import encode_video
 
 
 def set_first_frame(latent: dict, image: torch.Tensor, vae, use_bucket: bool) -> tuple[dict, torch.Tensor, str]:

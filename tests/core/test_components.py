@@ -22,6 +22,7 @@ from nava_core.components import (
 from nava_core.components.audio_vae import vocoder_config
 from nava_core.components.video_vae import diffusers_name, video_vae_config
 from nava_core.demo import AUDIO_CONFIG, TEXT_DIM, make_small_models
+from nava_core.explain import TooLittleMemoryError, explain
 
 diffusers = pytest.importorskip("diffusers", reason="the standalone VAEs need diffusers")
 transformers = pytest.importorskip("transformers", reason="the standalone text encoder needs transformers")
@@ -101,6 +102,25 @@ def test_a_first_frame_after_a_tiled_decode_is_encoded_whole(video_vae):
     frame = torch.rand(1, 32, 1088, 3, generator=torch.Generator().manual_seed(3))  # wide enough for tiles
     before = video_vae.encode(frame)
     video_vae.decode(noise(1, 48, 1, 2, 36), tiled=True)
+    assert torch.equal(video_vae.encode(frame), before)
+
+
+def test_a_first_frame_without_enough_memory_is_refused_and_not_tiled(video_vae, monkeypatch):
+    frame = torch.rand(1, 512, 512, 3, generator=torch.Generator().manual_seed(3))
+    before = video_vae.encode(frame)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.91 GiB.")
+
+    monkeypatch.setattr(video_vae.network, "tiled_encode", lambda *_, **__: pytest.fail("in tiles"))
+    hook = video_vae.network.encoder.mid_block.register_forward_pre_hook(full)
+    try:
+        with pytest.raises(TooLittleMemoryError, match=r"encoding a first frame of 512x512, .* 0\.2 GB") as caught:
+            video_vae.encode(frame)
+    finally:
+        hook.remove()
+    assert "not done in tiles" in explain(caught.value)  # its own sentence, not the general one
+    assert caught.value.__context__ is None  # which would keep the failed pass's tensors
     assert torch.equal(video_vae.encode(frame), before)
 
 

@@ -28,7 +28,8 @@ from nava_core.pipeline import ModelFiles, NavaPipeline  # noqa: E402
 from nava_core.prompt import negative_text  # noqa: E402
 
 host_text = comfy_host.pack_module("nodes.host.text_encoder")
-host_vae = comfy_host.pack_module("nodes.host.vae")
+host_video = comfy_host.pack_module("nodes.host.video_vae")
+host_audio = comfy_host.pack_module("nodes.host.audio_vae")
 conditions = comfy_host.pack_module("nodes.host.conditioning")
 prompt_nodes = comfy_host.pack_module("nodes.prompt")
 
@@ -63,10 +64,10 @@ def test_text_contexts_agree(small_models, role):
 def test_video_vaes_agree(small_models):
     frames = torch.rand(9, 64, 96, 3, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        host = host_vae.load_video_vae(small_models["video_vae"])
-        latent = host_vae.encode_video(host, frames)
-        decoded = host_vae.decode_video(host, latent)
-        first = host_vae.encode_video(host, frames[:1])
+        host = host_video.load_video_vae(small_models["video_vae"])
+        latent = host_video.encode_video(host, frames)
+        decoded = host_video.decode_video(host, latent)
+        first = host_video.encode_video(host, frames[:1])
     ours = load_video_vae(small_models["video_vae"])
     assert difference(ours.encode(frames), latent) < COMPONENT
     assert difference(ours.encode(frames[:1]), first) < COMPONENT
@@ -100,7 +101,7 @@ def test_latent_spaces_agree():
 def test_audio_vaes_agree(small_models):
     latent = noise(1, 8, 26, 16)
     with torch.inference_mode():
-        theirs = host_vae.decode_audio(host_vae.load_audio_vae(small_models["audio_vae"]), latent)
+        theirs = host_audio.decode_audio(host_audio.load_audio_vae(small_models["audio_vae"]), latent)
     ours = load_audio_vae(small_models["audio_vae"])
     assert ours.sample_rate == theirs["sample_rate"]
     assert difference(ours.decode(latent), theirs["waveform"]) < COMPONENT
