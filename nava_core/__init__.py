@@ -12,7 +12,7 @@ _EXPORTS = {
     "media": ("mux", "read_audio", "read_image", "write_wav"),
     "pipeline": ("Clip", "ModelFiles", "NavaPipeline", "find_model_files"),
     "prompt": ("PromptTokenizer", "SpeechSpan", "StructuredPrompt", "default_negative", "parse_spans"),
-    "sampling": ("FlowUniPC", "Guidance", "denoise", "flow_sigmas"),
+    "sampling": ("FlowEuler", "FlowUniPC", "Guidance", "denoise", "flow_sigmas"),
     "timbre": ("check_voice", "encode_timbre", "load_redimnet"),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -15,7 +15,7 @@ from typing import Any
 
 from .geometry import FPS, MODES, PRESETS, ClipGeometry
 from .prompt import BUILT_IN, bind_voices, negative_text, parse_spans
-from .sampling import Guidance
+from .sampling import Guidance, find_preset
 
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 1000
@@ -52,6 +52,7 @@ class Defaults:
     negative: str = BUILT_IN
     scales: Mapping[str, Any] = field(default_factory=dict)
     gen_turn: int = 1
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         _check_seconds(self.seconds)
@@ -80,6 +81,7 @@ class Job:
     image: Path | None
     voices: tuple[Path, ...]
     assignment: tuple[int | None, ...] | None
+    preset: str | None = None
     name: str = ""
     warnings: tuple[str, ...] = ()
     takes: int = 1
@@ -113,7 +115,8 @@ class Job:
         from .pipeline import default_guidance
 
         has_voice = bool(self.voices) or self.assignment is not None
-        return replace(default_guidance(self.image is not None, has_voice), **dict(self.scales))
+        usual = default_guidance(self.image is not None, has_voice)
+        return replace(usual if self.preset is None else find_preset(self.preset).guidance, **dict(self.scales))
 
     def request(self) -> dict[str, Any]:
         """The pipeline's arguments."""
@@ -131,6 +134,7 @@ class Job:
             "seed": self.seed,
             "steps": self.steps,
             "shift": self.shift,
+            "preset": self.preset,
             "guidance": self.guidance,
         }
 
@@ -145,6 +149,8 @@ class Job:
         facts["voices"] = [file_digest(voice) for voice in self.voices]
         if self.mode == "audio" or self.size_from_image:
             del facts["width"], facts["height"]
+        for unused in ("preset",) if self.preset is None else ("steps", "shift"):
+            del facts[unused]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -180,6 +186,7 @@ def make_job(
     steps: int | None = None,
     negative: str | None = None,
     takes: int | None = None,
+    preset: str | None = None,
     name: str = "",
     warnings: Sequence[str] = (),
 ) -> Job:
@@ -214,6 +221,7 @@ def make_job(
         image=image,
         voices=given,
         assignment=assignment,
+        preset=_or(preset, defaults.preset),
         name=name,
         warnings=tuple(warnings),
         takes=_or(takes, defaults.gen_turn),

@@ -26,6 +26,7 @@ from .jobs import (
     make_job,
 )
 from .media import read_audio
+from .sampling import find_preset
 
 MAX_LINE = 1 << 20  # bytes
 BOM = b"\xef\xbb\xbf"
@@ -42,6 +43,7 @@ KEYS = (
     "video_only",
     "negative",
     "steps",
+    "preset",
     "gen_turn",
     "id",
     "name",
@@ -95,6 +97,7 @@ def parse_line(raw: bytes, folder: Path, defaults: Defaults, suffix: str = ".jso
         seed=read("seed", _seed),
         steps=read("steps", _steps),
         negative=read("negative", _text),
+        preset=read("preset", _preset),
         takes=read("gen_turn", _takes),
         name=name or other or "",
         warnings=warnings,
@@ -213,6 +216,15 @@ def _seed(value: Any) -> int:
 
 def _steps(value: Any) -> int:
     return _whole(value, 1, MAX_STEPS)
+
+
+def _preset(value: Any) -> str:
+    name = _text(value)
+    try:
+        find_preset(name)
+    except ValueError as error:
+        raise LineError(str(error)) from None
+    return name
 
 
 def _takes(value: Any) -> int:

@@ -5,8 +5,8 @@ from functools import partial
 
 from comfy_api.latest import io
 
-from ..nava_core.sampling import Guidance, flow_sigmas, sigma_at
-from .host.guider import make_guider, sample, unipc_sampler
+from ..nava_core.sampling import PRESETS, Guidance, find_preset, flow_sigmas, sigma_at
+from .host.guider import euler_sampler, make_guider, sample, unipc_sampler
 from .types import category
 
 TERMS = {
@@ -14,6 +14,9 @@ TERMS = {
     "align": ("video_align", "audio_align"),
     "timbre": ("audio_timbre",),
 }
+
+
+CUSTOM = "custom"  # the preset that stands for the node's own settings
 
 
 def scale_input(name: str, default: float, tooltip: str) -> io.Float.Input:
@@ -66,6 +69,17 @@ def step_inputs() -> list:
     ]
 
 
+def preset_input(replaced: str) -> io.Combo.Input:
+    """Last, and optional, so that workflows saved before it was there mean what they meant."""
+    return io.Combo.Input(
+        "preset",
+        options=[CUSTOM, *(preset.label for preset in PRESETS.values())],
+        default=CUSTOM,
+        optional=True,
+        tooltip=f"custom: as set above. 4 steps (distilled): for few-step checkpoints and LoRAs; {replaced}",
+    )
+
+
 def model_inputs() -> list:
     return [
         io.Model.Input("model", tooltip="From NAVA Load Backbone, with LoRAs if you like."),
@@ -101,14 +115,19 @@ class NavaGuider(io.ComfyNode):
             category=category("sampling"),
             description="NAVA's guidance by text, alignment and timbre, for SamplerCustomAdvanced. Starts and ends are "
             "parts of the model's own schedule (shift 5).",
-            inputs=[*model_inputs(), *guidance_inputs()],
+            inputs=[
+                *model_inputs(),
+                *guidance_inputs(),
+                preset_input("the conditional prediction alone, whatever is set above."),
+            ],
             outputs=[io.Guider.Output()],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative=None, **settings) -> io.NodeOutput:
+    def execute(cls, model, positive, negative=None, preset=CUSTOM, **settings) -> io.NodeOutput:
         to_sigma = model.get_model_object("model_sampling").percent_to_sigma
-        return io.NodeOutput(make_guider(model, positive, negative, read_guidance(settings, to_sigma)))
+        guidance = read_guidance(settings, to_sigma) if preset == CUSTOM else find_preset(preset).guidance
+        return io.NodeOutput(make_guider(model, positive, negative, guidance))
 
 
 class NavaSigmas(io.ComfyNode):
@@ -119,13 +138,13 @@ class NavaSigmas(io.ComfyNode):
             display_name="NAVA Sigmas",
             category=category("sampling"),
             description="NAVA's own noise schedule.",
-            inputs=step_inputs(),
+            inputs=[*step_inputs(), preset_input("its own 4 noise levels, for the stock euler sampler.")],
             outputs=[io.Sigmas.Output()],
         )
 
     @classmethod
-    def execute(cls, steps, shift) -> io.NodeOutput:
-        return io.NodeOutput(flow_sigmas(steps, shift))
+    def execute(cls, steps, shift, preset=CUSTOM) -> io.NodeOutput:
+        return io.NodeOutput(flow_sigmas(steps, shift) if preset == CUSTOM else find_preset(preset).sigmas())
 
 
 class NavaUniPC(io.ComfyNode):
@@ -167,15 +186,23 @@ class NavaSampler(io.ComfyNode):
                 ),
                 *step_inputs(),
                 *guidance_inputs(),
+                preset_input("Euler on the conditional prediction alone, whatever is set above."),
             ],
             outputs=[io.Latent.Output()],
         )
 
     @classmethod
-    def execute(cls, model, positive, latent, seed, steps, shift, negative=None, **settings) -> io.NodeOutput:
-        guidance = read_guidance(settings, partial(sigma_at, shift=shift))
+    def execute(
+        cls, model, positive, latent, seed, steps, shift, negative=None, preset=CUSTOM, **settings
+    ) -> io.NodeOutput:
+        if preset == CUSTOM:
+            guidance = read_guidance(settings, partial(sigma_at, shift=shift))
+            sampler, sigmas = unipc_sampler(), flow_sigmas(steps, shift)
+        else:
+            run = find_preset(preset)
+            guidance, sampler, sigmas = run.guidance, euler_sampler(), run.sigmas()
         guider = make_guider(model, positive, negative, guidance)
-        return io.NodeOutput(sample(guider, latent, seed, unipc_sampler(), flow_sigmas(steps, shift)))
+        return io.NodeOutput(sample(guider, latent, seed, sampler, sigmas))
 
 
 SAMPLING_NODES = [NavaSampler, NavaGuider, NavaSigmas, NavaUniPC]

@@ -34,6 +34,7 @@ DESCRIPTION = """A clip for every line of FILE, the models being loaded once. A 
   seconds, width, height      as --seconds and --size
   seed, steps, negative       as the options of those names (negative: a text, "default" or "zero")
   gen_turn                    as --gen-turn
+  preset                      as --preset
   audio_only, video_only      true: a WAV of sound alone, an MP4 of picture alone
   id (or name)                the clip's file name without ending; without it, line number and a hash of the content
 

@@ -9,7 +9,7 @@ import torch
 
 from ..components import check_packages, load_tokenizer
 from ..prompt import negative_text, timbre_inputs
-from ..sampling import Guidance, Interrupted, flow_sigmas
+from ..sampling import FlowUniPC, Guidance, Interrupted, find_preset, flow_sigmas
 from . import stages
 from .clip import Clip
 from .files import ModelFiles
@@ -80,6 +80,7 @@ class NavaPipeline:
         seed: int = 0,
         steps: int = 50,
         shift: float = 5.0,
+        preset: str | None = None,
         guidance: Guidance | None = None,
         callback: Callable[[int, int, torch.Tensor | None, torch.Tensor | None], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -93,7 +94,9 @@ class NavaPipeline:
         trained size nearest to its proportions unless ``size_from_image`` is off. ``voices``: recordings (a file, or
         waveform and sample rate) or (1, 192) embeddings, bound to the spans by order, or as ``assignment`` says, with
         a voice's number, or None for the null voice, for each span. ``guidance`` None: the makers' scales, which are
-        lower for picture text and timbre where there are both an image and a voice.
+        lower for picture text and timbre where there are both an image and a voice. ``preset`` "distilled" is for
+        few-step checkpoints: four Euler steps on the conditional prediction alone, in place of ``steps``, ``shift``,
+        the solver and the makers' scales.
 
         After each step ``callback(step, steps, x0_video, x0_audio)`` is called, step from 1, with the estimates in the
         network's space; ``should_stop`` is asked before each stage and each pass.
@@ -104,7 +107,8 @@ class NavaPipeline:
         stop, parts = should_stop or _never, self.components
         picture = None if image is None else read_picture(image)
         geometry = clip_geometry(seconds, width, height, mode, picture, size_from_image)
-        sigmas = flow_sigmas(steps, shift)
+        run = None if preset is None else find_preset(preset)
+        sigmas = flow_sigmas(steps, shift) if run is None else run.sigmas()
         stages.check_speaker_encoder(parts.files.speaker_encoder, voices)
         tokens, report = stages.tokenize(self._tokenizer, prompt, voices, assignment)
         negative = negative_text(negative, mode)
@@ -119,7 +123,7 @@ class NavaPipeline:
         timbres = stages.encode_voices(parts.files.speaker_encoder, voices, warnings)
         timbre, positions = (None, None) if tokens is None else timbre_inputs(tokens, timbres, assignment)
         if guidance is None:
-            guidance = default_guidance(picture is not None, timbre is not None)
+            guidance = default_guidance(picture is not None, timbre is not None) if run is None else run.guidance
         for warning in warnings:
             parts.say(warning)
         _check_stop(stop)
@@ -137,6 +141,7 @@ class NavaPipeline:
             timbre=timbre,
             timbre_positions=positions,
             sigmas=sigmas,
+            sampler=FlowUniPC if run is None else run.solver,
             guidance=guidance,
             callback=callback,
             should_stop=should_stop,

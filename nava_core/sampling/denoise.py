@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .euler import FlowEuler
 from .guidance import Guidance, Pair
-from .schedule import flow_timesteps
 from .unipc import FlowUniPC
 
 
@@ -119,7 +119,7 @@ def denoise(
     video_mask: torch.Tensor | None = None,
     audio_latent: torch.Tensor | None = None,
     audio_mask: torch.Tensor | None = None,
-    sampler: Callable[[torch.Tensor], FlowUniPC] = FlowUniPC,
+    sampler: Callable[[torch.Tensor], FlowUniPC | FlowEuler] = FlowUniPC,
     batch_predictions: bool = False,
     callback: Callable[[int, int, torch.Tensor | None, torch.Tensor | None], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -137,10 +137,10 @@ def denoise(
     sees whole given frames and audio steps clean, at timestep 0; a given part of one at the noise level of the rest.
     ``first_frame`` (B or 1, 48, 1, H, W) is short for that at frame 0.
 
-    ``sampler`` makes a solver with ``step_denoised(x0, sample)`` from the sigmas. ``batch_predictions`` runs
-    predictions that differ in the text only as one batch: faster for short clips, and more memory. After each
-    step ``callback(step, steps, x0_video, x0_audio)`` is called, step from 1; ``should_stop`` is asked before
-    every pass.
+    ``sampler`` makes a solver with ``timesteps`` (steps,) and ``step_denoised(x0, sample)`` from the sigmas.
+    ``batch_predictions`` runs predictions that differ in the text only as one batch: faster for short clips, and more
+    memory. After each step ``callback(step, steps, x0_video, x0_audio)`` is called, step from 1; ``should_stop`` is
+    asked before every pass.
 
     Raises Interrupted when ``should_stop`` says so, ValueError for inputs that do not fit together,
     FloatingPointError when the network returns NaN or infinity.
@@ -164,7 +164,7 @@ def denoise(
     solvers = [sampler(sigmas) for _ in present]
     levels = [float(sigma) for sigma in sigmas]
     steps = len(levels) - 1
-    timesteps = flow_timesteps(torch.tensor(levels[:-1])).tolist()
+    timesteps = solvers[0].timesteps.tolist()
     samples = [modality.start(levels[0]) for modality in present]
     for step, (sigma, timestep) in enumerate(zip(levels, timesteps, strict=False), start=1):
         known = [modality.known(sample, sigma) for modality, sample in zip(present, samples, strict=True)]

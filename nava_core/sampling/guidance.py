@@ -124,6 +124,12 @@ class Guidance:
         return lowest <= sigma <= highest
 
 
+# The conditional prediction c and no other, whatever the clip has: every term vanishes.
+CONDITIONAL = Guidance(
+    alignment=False, video_text=1.0, video_align=0.0, audio_text=1.0, audio_align=0.0, audio_timbre=0.0
+)
+
+
 def _push(predictions: Mapping[str, Pair], modality: int, directions: tuple[Direction, ...]):
     conditional = predictions["c"][modality]
     result = conditional

@@ -7,6 +7,7 @@ import torch
 TRAIN_STEPS = 1000
 TRAIN_START = 0.999  # of the unshifted training schedule
 TIMESTEP_SCALE = 1000.0
+DISTILLED_LEVELS = (1.0, 0.75, 0.5, 0.25)  # what few-step students are trained at, before the shift
 
 
 def shift_sigma(sigma, shift: float):
@@ -29,6 +30,12 @@ def flow_sigmas(steps: int, shift: float = 5.0) -> torch.Tensor:
     return shift_sigma(even, shift).float()
 
 
+def distilled_sigmas(shift: float = 5.0) -> torch.Tensor:
+    """Noise levels of few-step (distilled) checkpoints, (5,) fp32: four, shifted once, from pure noise, and 0."""
+    levels = torch.tensor([*DISTILLED_LEVELS, 0.0], dtype=torch.float64)
+    return shift_sigma(levels, shift).float()
+
+
 def sigma_at(part: float, shift: float = 5.0) -> float:
     """The noise level of ``flow_sigmas`` at a part of the run, 0 (its start) to 1 (its end)."""
     highest = shift_sigma(TRAIN_START, shift)
@@ -38,3 +45,19 @@ def sigma_at(part: float, shift: float = 5.0) -> float:
 def flow_timesteps(sigmas: torch.Tensor) -> torch.Tensor:
     """What the network is given for each noise level: floor(1000 * sigma), int64, same shape."""
     return (sigmas.float() * TIMESTEP_SCALE).floor().long()
+
+
+def falling_sigmas(sigmas: torch.Tensor, solver: str) -> torch.Tensor:
+    """Noise levels (n + 1,) as fp32 on the CPU. Raises ValueError, naming the ``solver``, for what is none."""
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float32).detach().cpu()
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError(f"{solver} needs at least 2 noise levels in one row; got shape {tuple(sigmas.shape)}.")
+    if not bool(((sigmas >= 0) & (sigmas <= 1)).all()):
+        raise ValueError(f"{solver} needs noise levels (sigmas) within 0..1; got {sigmas.tolist()}.")
+    if bool((sigmas.diff() > 0).any()):
+        raise ValueError(f"{solver} needs falling noise levels (sigmas); got {sigmas.tolist()}.")
+    return sigmas
+
+
+def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

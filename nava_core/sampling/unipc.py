@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .schedule import flow_timesteps
+from .schedule import at_least_fp32, falling_sigmas, flow_timesteps
 
 ORDER = 2
 
@@ -60,16 +60,9 @@ class FlowUniPC:
     """
 
     def __init__(self, sigmas: torch.Tensor) -> None:
-        sigmas = torch.as_tensor(sigmas, dtype=torch.float32).detach().cpu()
-        if sigmas.ndim != 1 or len(sigmas) < 2:
-            raise ValueError(f"UniPC needs at least 2 noise levels in one row; got shape {tuple(sigmas.shape)}.")
-        if not bool(((sigmas >= 0) & (sigmas <= 1)).all()):
-            raise ValueError(f"UniPC needs noise levels (sigmas) within 0..1; got {sigmas.tolist()}.")
-        if bool((sigmas.diff() > 0).any()):
-            raise ValueError(f"UniPC needs falling noise levels (sigmas); got {sigmas.tolist()}.")
-        self.sigmas = sigmas
-        self.timesteps = flow_timesteps(sigmas[:-1])  # (n,) int64, what the network is given at each step
-        self._levels = sigmas.tolist()
+        self.sigmas = falling_sigmas(sigmas, "UniPC")
+        self.timesteps = flow_timesteps(self.sigmas[:-1])  # (n,) int64, what the network is given at each step
+        self._levels = self.sigmas.tolist()
         self.reset()
 
     def reset(self) -> None:
@@ -82,8 +75,8 @@ class FlowUniPC:
 
     def step(self, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """The next sample from the network's velocity (noise - x0) at ``sample``; both of one shape."""
-        sample = _at_least_fp32(sample)
-        return self.step_denoised(sample - self._sigma() * _at_least_fp32(velocity), sample)
+        sample = at_least_fp32(sample)
+        return self.step_denoised(sample - self._sigma() * at_least_fp32(velocity), sample)
 
     def step_denoised(self, denoised: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """The next sample from the network's estimate of x0 at ``sample``; both of one shape.
@@ -92,7 +85,7 @@ class FlowUniPC:
         """
         sigma = self._sigma()
         target = self._levels[self.index + 1]
-        sample, denoised = _at_least_fp32(sample), _at_least_fp32(denoised)
+        sample, denoised = at_least_fp32(sample), at_least_fp32(denoised)
         self.index += 1
         if target == sigma:
             return sample
@@ -137,7 +130,3 @@ class FlowUniPC:
         old, new = _corrector_weights(h, ratio)
         slope = (self._history[-2].denoised - newest.denoised) / ratio
         return result + weight * (old * slope + new * change)
-
-
-def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -15,7 +15,7 @@ import torch
 from ...nava_core.media import LATENTS_STAGE, check_finite
 from ...nava_core.sampling import FlowUniPC, Guidance
 from .latents import absent_parts, is_nested
-from .model import CROSS_MODAL, TIMBRE, TIMBRE_POSITIONS, NavaModel
+from .model import CROSS_MODAL, TIMBRE, TIMBRE_POSITIONS, WHOLE_TIMESTEPS, NavaModel
 
 # The predictions by the letters of nava_core.sampling.guidance, and the names the host keeps their conditions under.
 PREDICTIONS = {"c": "positive", "u": "negative", "m": "alignment_null", "n": "timbre_null"}
@@ -124,12 +124,24 @@ def unipc_sampler():
 def _sample_unipc(model, x, sigmas, extra_args=None, callback=None, disable=None):
     solver = FlowUniPC(sigmas)
     ones = x.new_ones([x.shape[0]])
+    extra_args = _with_whole_timesteps(extra_args or {})
     for index in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[index] * ones, **(extra_args or {}))
+        denoised = model(x, sigmas[index] * ones, **extra_args)
         if callback is not None:
             callback({"x": x, "i": index, "sigma": sigmas[index], "sigma_hat": sigmas[index], "denoised": denoised})
         x = solver.step_denoised(denoised, x)
     return x
+
+
+def _with_whole_timesteps(extra_args: dict) -> dict:
+    options = extra_args.get("model_options", {})
+    whole = {**options.get("transformer_options", {}), WHOLE_TIMESTEPS: True}
+    return {**extra_args, "model_options": {**options, "transformer_options": whole}}
+
+
+def euler_sampler():
+    """The host's own Euler, which few-step checkpoints are sampled with, as a SAMPLER."""
+    return comfy.samplers.sampler_object("euler")
 
 
 def make_guider(model, positive, negative, guidance: Guidance) -> NavaGuider:

@@ -45,6 +45,8 @@ from .preview import host_unpacks, video_first
 TIMBRE = "nava_timbre"  # (1, S, 192)
 TIMBRE_POSITIONS = "nava_timbre_positions"  # (1, S)
 CROSS_MODAL = "nava_cross_modal"  # bool
+# In transformer options: the network is given whole timesteps, as the makers' solver gives them.
+WHOLE_TIMESTEPS = "nava_whole_timesteps"
 
 # From this many tokens on one prediction alone fills a GPU: two at once would only double the memory.
 BATCH_TOKENS = 8192
@@ -94,6 +96,8 @@ class HostBackbone(NavaBackbone):
         gone = absent_parts([part.shape for part in parts])
         video = None if gone[0] else parts[0]
         audio = None if len(parts) < 2 or gone[1] else audio_latent_to_tokens(parts[1])
+        if transformer_options.get(WHOLE_TIMESTEPS):
+            timestep = timestep.floor() if torch.is_tensor(timestep) else tuple(each.floor() for each in timestep)
         transformer_options["total_blocks"] = len(self.double_blocks) + len(self.single_blocks)
         velocities = super().forward(
             video,
@@ -171,8 +175,7 @@ class NavaModel(comfy.model_base.BaseModel):
         return out
 
     def process_timestep(self, timestep, video_steps=None, audio_steps=None, **kwargs):
-        """Whole timesteps; 0 where a frame or an audio step is given, so a pair (video, audio) then."""
-        timestep = timestep.floor()
+        """Timesteps, 0 where a frame or an audio step is given, so a pair (video, audio) then."""
         if video_steps is None and audio_steps is None:
             return timestep
         return tuple(

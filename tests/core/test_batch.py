@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from nava_core.checkpoint import WrongFileError
 from nava_core.jobs import Defaults, LineError
 from nava_core.lines import MAX_LINE, parse_line
 from nava_core.prompt import default_negative
+from nava_core.sampling import CONDITIONAL
 
 FAKE = Path(__file__).with_name("_fake_pipeline.py")
 spec = importlib.util.spec_from_file_location("_fake_pipeline", FAKE)
@@ -97,6 +99,17 @@ def test_what_a_line_leaves_out_comes_from_the_defaults(tmp_path):
     )
 
 
+def test_a_preset_brings_its_own_guidance_and_is_part_of_the_content(tmp_path):
+    plain = parse(tmp_path, prompt="A bell.")
+    preset = parse(tmp_path, prompt="A bell.", preset="distilled")
+    assert (plain.request()["preset"], preset.request()["preset"], preset.guidance) == (None, "distilled", None)
+    assert preset.key() != plain.key()
+    assert preset.key() == parse(tmp_path, prompt="A bell.", preset="distilled", steps=9).key()  # its own steps
+    defaults = Defaults(preset="distilled", scales={"video_text": 1.5})
+    job = parse_line(b'{"prompt": "A bell."}', tmp_path, defaults)
+    assert job.guidance == replace(CONDITIONAL, video_text=1.5)
+
+
 def test_voices_are_bound_to_spans(tmp_path):
     for name in ("a.wav", "b.wav"):
         (tmp_path / name).write_bytes(name.encode())
@@ -124,6 +137,8 @@ def test_voices_are_bound_to_spans(tmp_path):
         ({"prompt": "a", "seed": 1.5}, "seed must be a whole number"),
         ({"prompt": "a", "seed": True}, "seed must be a whole number"),
         ({"prompt": "a", "steps": 0}, "steps must be a whole number from 1"),
+        ({"prompt": "a", "preset": "fast"}, "no preset 'fast': choose distilled"),
+        ({"prompt": "a", "preset": ["distilled"]}, "preset must be text"),
         ({"prompt": "a", "width": 640}, "width and height together"),
         ({"prompt": "a", "width": 641, "height": 352}, "multiple of 16"),
         ({"prompt": "a", "audio_only": "yes"}, "audio_only must be true or false"),

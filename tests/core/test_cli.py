@@ -161,6 +161,12 @@ def test_generate_hands_everything_on(nava, models, tmp_path):
     assert "a fake clip" in err
 
 
+def test_generate_with_a_preset(nava, models):
+    assert nava("generate", "a", "--models", models, "--preset", "distilled")[0] == 0
+    assert (nava.pipeline.requests[0]["preset"], nava.pipeline.requests[0]["guidance"]) == ("distilled", None)
+    assert nava("generate", "a", "--models", models, "--preset", "fast")[0] == 2
+
+
 def test_generate_by_default(nava, models, tmp_path):
     (tmp_path / "a.png").touch()
     assert nava("generate", "a", "--models", models, "--image", "a.png")[0] == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from nava_core.sampling import FlowUniPC, Guidance, Interrupted, denoise, flow_sigmas
+from nava_core.sampling import FlowUniPC, Guidance, Interrupted, denoise, find_preset, flow_sigmas
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "backbone_tiny.safetensors"
 PLAIN = Guidance(alignment=False, video_text=1.0, audio_text=1.0, audio_timbre=0.0)
@@ -49,6 +49,27 @@ def test_equals_the_solver_on_the_velocity():
             sample = solver.step(0.1 * sample + text().mean(), sample)
         torch.testing.assert_close(got, sample, atol=1e-5, rtol=1e-5)
     assert [timestep_of(call) for call in backbone.calls] == [[999.0], [937.0], [833.0], [624.0]]
+
+
+@pytest.mark.parametrize("absent", [None, "video", "audio"])
+def test_the_distilled_preset_is_four_euler_steps_on_one_prediction(absent):
+    """What the makers do with a student, with a voice and without a modality too."""
+    preset = find_preset("distilled")
+    parts = {"video": noise()[0], "audio": noise()[1], absent: None}
+    voice = {"timbre": torch.ones(1, 1, 192), "timbre_positions": torch.tensor([[2]])}
+    backbone = Recorder()
+    settings = {"sigmas": preset.sigmas(), "guidance": preset.guidance, "sampler": preset.solver, **voice}
+    result = denoise(backbone, parts["video"], parts["audio"], text(), negative=text(4), **settings)
+    for sample, got in zip((parts["video"], parts["audio"]), result, strict=True):
+        if sample is None:
+            assert got is None
+            continue
+        for sigma, target in ((1, 0.9375), (0.9375, 5 / 6), (5 / 6, 0.625), (0.625, 0)):
+            sample = sample + (target - sigma) * (0.1 * sample + text().mean())
+        torch.testing.assert_close(got, sample, atol=1e-5, rtol=1e-5)
+    times = [timestep_of(call)[0] for call in backbone.calls]
+    assert times == pytest.approx([1000, 937.5, 2500 / 3, 625])
+    assert all(call["cross_modal"] and call["timbre"] is not None for call in backbone.calls)
 
 
 def test_starts_from_scaled_noise_and_the_latent_it_is_given():

@@ -43,7 +43,7 @@ from nava_core.pipeline import (
     stages,
 )
 from nava_core.prompt import default_negative, timbre_inputs
-from nava_core.sampling import Guidance, Interrupted, denoise, flow_sigmas
+from nava_core.sampling import Guidance, Interrupted, denoise, find_preset, flow_sigmas
 from nava_core.timbre import encode_timbre, load_redimnet
 
 pytest.importorskip("diffusers", reason="the standalone VAEs need diffusers")
@@ -363,6 +363,32 @@ def test_a_file_is_whole_or_not_there(clip, tmp_path):
 
 
 # --- interruption and errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_latents_only")
+def test_a_preset_takes_the_place_of_steps_solver_and_scales(pipeline, models):
+    settings = {**SHORT, "steps": 9, "negative": "zero"}
+    seen = []
+    clip = pipeline("A bell.", preset="distilled", callback=lambda step, steps, *_: seen.append(steps), **settings)
+    assert seen == [4] * 4
+    tokens = load_tokenizer(models["text_encoder"])("A bell.")
+    noise = clip_noise(ClipGeometry(0.5, 64, 32), SHORT["seed"])
+    run = find_preset("distilled")
+    video, audio = denoise(
+        load_backbone(models["backbone"]),
+        noise[0],
+        audio_latent_to_tokens(noise[1]),
+        load_text_encoder(models["text_encoder"]).encode(tokens.ids),
+        sigmas=run.sigmas(),
+        sampler=run.solver,
+        guidance=run.guidance,
+    )
+    assert torch.equal(clip.video_latent, denormalize_video(video))
+    assert torch.equal(clip.audio_latent, audio_tokens_to_latent(audio))
+    guided = pipeline("A bell.", preset="distilled", guidance=Guidance(), **settings)
+    assert (guided.video_latent - clip.video_latent).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="no preset"):
+        pipeline("A bell.", preset="fast", **settings)
 
 
 @pytest.mark.usefixtures("_latents_only")

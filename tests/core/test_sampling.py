@@ -8,7 +8,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nava_core.sampling import FlowUniPC, flow_sigmas, flow_timesteps, sigma_at
+from nava_core.sampling import (
+    FlowEuler,
+    FlowUniPC,
+    distilled_sigmas,
+    find_preset,
+    flow_sigmas,
+    flow_timesteps,
+    sigma_at,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "unipc_cases.safetensors"
 with safe_open(GOLDEN, "pt") as file:
@@ -144,3 +152,44 @@ def test_sigma_at_is_the_schedules(steps, shift):
     sigmas = flow_sigmas(steps, shift)
     for step in range(steps + 1):
         assert sigma_at(step / steps, shift) == pytest.approx(float(sigmas[step]), abs=1e-6)
+
+
+# --- few-step checkpoints ----------------------------------------------------------------------------------------
+
+
+def test_the_distilled_schedule_is_the_students():
+    """1, 0.75, 0.5, 0.25 shifted once, then 0; the network is told them as they are, not whole."""
+    sigmas = distilled_sigmas()
+    torch.testing.assert_close(sigmas, torch.tensor([1, 15 / 16, 5 / 6, 5 / 8, 0]))
+    torch.testing.assert_close(FlowEuler(sigmas).timesteps, torch.tensor([1000, 937.5, 2500 / 3, 625]))
+
+
+@pytest.mark.parametrize("form", ["velocity", "denoised"])
+def test_euler_goes_along_the_velocity(cases, form):
+    solver = FlowEuler(distilled_sigmas())
+    sample = expected = cases["x_init"].double()
+    levels = solver.sigmas.double()
+    for sigma, target, timestep in zip(levels, levels[1:], solver.timesteps, strict=False):
+        velocity = field(cases, sample, timestep)
+        expected = expected + (target - sigma) * field(cases, expected, timestep)
+        if form == "velocity":
+            sample = solver.step(velocity, sample)
+        else:
+            sample = solver.step_denoised(sample - sigma * velocity, sample)
+    torch.testing.assert_close(sample, expected, atol=1e-12, rtol=0)
+    with pytest.raises(RuntimeError, match="reset"):
+        solver.step_denoised(sample, sample)
+
+
+def test_euler_leaves_the_sample_alone_where_a_step_has_no_length(cases):
+    solver = FlowEuler(torch.tensor([0.5, 0.5, 0.0, 0.0]))
+    x0, start = cases["x_init"], cases["x_init"].flip(0)
+    assert torch.equal(solver.step_denoised(x0, start), start)
+    torch.testing.assert_close(solver.step_denoised(x0, start), x0)
+    assert torch.equal(solver.step_denoised(start, x0), x0)
+
+
+def test_a_preset_goes_by_its_name_or_label():
+    assert find_preset("4 steps (distilled)") is find_preset("distilled")
+    with pytest.raises(ValueError, match="no preset 'fast': choose distilled"):
+        find_preset("fast")

@@ -85,7 +85,7 @@ def host_run(patcher, positive, latent, guidance, negative=None):
     return out.unbind()
 
 
-def core_run(core, patcher, context, latent, guidance, voice=None, negative=None):
+def core_run(core, patcher, context, latent, guidance, voice=None, negative=None, **settings):
     """The core's loop from the host's noise, in the host's latent spaces."""
     noise = comfy.sample.prepare_noise(latent["samples"], SEED).unbind()
     video, audio = latent["samples"].unbind()
@@ -105,7 +105,7 @@ def core_run(core, patcher, context, latent, guidance, voice=None, negative=None
         None if gone[0] else noise[0],
         None if gone[1] else geometry.audio_latent_to_tokens(noise[1]),
         context,
-        sigmas=sampling.flow_sigmas(STEPS),
+        **{"sigmas": sampling.flow_sigmas(STEPS), **settings},
         guidance=guidance,
         negative=negative,
         timbre=None if voice is None else voice[0],
@@ -200,13 +200,44 @@ def test_contexts_are_padded_with_zeros_not_repeated(patcher, context):
     assert not padded[:, 20:].any()
 
 
-def test_timesteps_are_the_networks(patcher):
-    """floor(1000 sigma), from the host's own chain, for every step of several schedules."""
-    model = patcher.model
-    for steps in (1, 7, 25, 50, 100):
-        sigmas = sampling.flow_sigmas(steps)[:-1]
-        ours = model.process_timestep(model.model_sampling.timestep(sigmas).float())
-        assert torch.equal(ours.long(), sampling.flow_timesteps(sigmas))
+@pytest.fixture
+def told(patcher, monkeypatch):
+    """What the network is told of the noise level, a list of one for each pass; its answer is nothing."""
+    seen = []
+
+    def forward(self, video, audio, timestep, *_, **__):
+        seen.append(timestep)
+        return torch.zeros_like(video), torch.zeros_like(audio)
+
+    monkeypatch.setattr(pack_module("nava_core.backbone").NavaBackbone, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_timesteps_are_the_solvers(patcher, context, told, steps):
+    """floor(1000 sigma) from UniPC, from the host's own chain; 1000 sigma as it is from stock samplers."""
+    for sampler, expected in (
+        (guiders.unipc_sampler(), sampling.FlowUniPC),
+        (guiders.euler_sampler(), sampling.FlowEuler),
+    ):
+        sigmas = sampling.flow_sigmas(steps)
+        guider = guiders.make_guider(patcher, conditioning(context), None, sampling.CONDITIONAL)
+        guiders.sample(guider, latent(), SEED, sampler, sigmas)
+        torch.testing.assert_close(torch.cat(told), expected(sigmas).timesteps.float(), atol=1e-4, rtol=0)
+        told.clear()
+
+
+@pytest.mark.parametrize("clip", ["voiced", "audio only", "given parts"])
+def test_the_distilled_preset_is_the_cores(patcher, core, context, voice, monkeypatch, clip):
+    """Four Euler steps on one prediction: the host's own Euler over our noise levels, given parts kept."""
+    monkeypatch.setattr(patcher.model.diffusion_model, "attention", core.attention)
+    preset = sampling.find_preset("distilled")
+    voice = voice if clip == "voiced" else None
+    start = masked_latent() if clip == "given parts" else latent("audio" if clip == "audio only" else "video+audio")
+    guider = guiders.make_guider(patcher, conditioning(context, voice), None, preset.guidance)
+    host = guiders.sample(guider, start, SEED, guiders.euler_sampler(), preset.sigmas())["samples"].unbind()
+    settings = {"sigmas": preset.sigmas(), "sampler": preset.solver}
+    assert_close(host, core_run(core, patcher, context, start, preset.guidance, voice, **settings))
 
 
 def packed_size(shapes):

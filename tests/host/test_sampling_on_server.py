@@ -299,3 +299,41 @@ def test_batch_of_two_clips(comfy):
     clips = [read_media(path) for path in run.files if path.suffix == ".mp4"]
     assert [len(clip.frames) for clip in clips] == [13, 13]
     assert (clips[0].frames.astype(int) - clips[1].frames).std() > 4
+
+
+# ---------------------------------------------------------------- few-step checkpoints
+
+DISTILLED = "4 steps (distilled)"
+
+
+def with_lora(comfy, graph, name="students.safetensors"):
+    """The small model with a LoRA, the form that distilled students come in."""
+    folder = comfy.base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    write_lora(folder / name, ["double_blocks.0", "single_blocks.1"], "diffusion_model.")
+    return graph.add("LoraLoaderModelOnly", model=graph.model(comfy.names), lora_name=name, strength_model=1.0)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["checkpoint", "LoRA"])
+def test_the_distilled_preset_is_its_parts_under_stock_nodes(comfy, lora):
+    """One node; our parts with the stock Euler; and the stock guider with one prediction: all the same."""
+
+    def run(prefix, make):
+        graph = Graph()
+        model = with_lora(comfy, graph) if lora else graph.model(comfy.names)
+        return sampled(comfy, f"{prefix}_{lora}", graph, make(graph, model, graph.prompt(graph.clip(comfy.names))))
+
+    def parts(graph, guider):
+        sampler = graph.add("KSamplerSelect", sampler_name="euler")
+        sigmas = graph.add("NavaSigmas", steps=50, shift=5.0, preset=DISTILLED)
+        return graph.custom_sampler(guider, graph.latent(), sampler, sigmas)
+
+    node = run("preset", lambda g, m, p: g.sampler(m, p, g.latent(), steps=50, preset=DISTILLED))
+    ours = run("ours", lambda g, m, p: parts(g, g.add("NavaGuider", model=m, positive=p, **SCALES, preset=DISTILLED)))
+    stock = run("stock", lambda g, m, p: parts(g, g.add("BasicGuider", model=m, conditioning=p)))
+    assert_same(node, ours)
+    assert_same(node, stock)
+    assert difference(node, run("guided", lambda g, m, p: g.sampler(m, p, g.latent(), steps=4))) > 1e-3
+    if lora:
+        plain = run("plain", lambda g, m, p: g.sampler(g.model(comfy.names), p, g.latent(), preset=DISTILLED))
+        assert difference(node, plain) > 1e-3
