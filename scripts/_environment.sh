@@ -1,13 +1,15 @@
-# Shell functions that scripts/quickstart and scripts/test share: Python, the environment .venv, ComfyUI.
+# Shell functions that scripts/quickstart and scripts/test share: Python, the environment .venv, ComfyUI's own.
 # Sourced by bash; expects ROOT, the repository's folder. Installs nothing outside .venv.
 
 VENV="$ROOT/.venv"
 MARK="$VENV/.made-by-nava-nodes" # tells our environment from someone else's
 STAMP="$VENV/.installed"         # a hash of all that the installed packages follow from
 LOG="$VENV/install.log"
+CONSTRAINTS="$VENV/constraints.txt"
 TORCH=(torch==2.11.0 torchaudio==2.11.0 torchvision==0.26.0)
 CPU_INDEX="${NAVA_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
 NEEDED_GB=9
+HOST_GB=2 # of one ComfyUI's requirements beside the others'
 unset PYTHONHOME PYTHONPATH # of another environment
 
 say() { printf '%s\n' "$*" >&2; }
@@ -86,11 +88,14 @@ environment_hash() {
 }
 
 # pip in .venv, quiet; what it says is in $LOG.
-pip_install() {
+pip_install() { pip_install_with "$VENV/bin/python" "$@"; }
+
+# The same for the Python $1.
+pip_install_with() {
     mkdir -p "$VENV/tmp"
     # Wheels of gigabytes are unpacked beside the environment: /tmp is in memory on some machines.
     TMPDIR="$VENV/tmp" PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_DISABLE_PIP_VERSION_CHECK=1 \
-        "$VENV/bin/python" -m pip install --no-input "$@" >>"$LOG" 2>&1
+        "$1" -m pip install --no-input "${@:2}" >>"$LOG" 2>&1
 }
 
 # Ends with why the last pip_install failed, as far as its log tells.
@@ -130,11 +135,10 @@ install_torch() {
     fi
 }
 
-# install_all NAME EXTRAS [COMFYUI]: torch, the pack with its extras, and ComfyUI's own requirements. Quick where all
-# is there already.
+# install_all NAME EXTRAS: torch and the pack with its extras. Quick where all is there already.
 install_all() {
-    local wanted comfy="${3:-}" filtered="$VENV/comfyui.txt" constraints="$VENV/constraints.txt"
-    wanted=$(environment_hash "$2" "${comfy:+$(cat "$comfy/requirements.txt")}")
+    local wanted
+    wanted=$(environment_hash "$2")
     if [ -e "$STAMP.$1" ] && [ "$(cat "$STAMP.$1")" = "$wanted" ]; then
         return
     fi
@@ -143,36 +147,71 @@ install_all() {
         check_disk "$ROOT" "$NEEDED_GB"
     : >"$LOG"
     install_torch
-    "$VENV/bin/python" -m pip freeze --disable-pip-version-check | grep -E '^torch(audio|vision)?==' >"$constraints"
+    keep_torch
     say "Installing the pack's own requirements."
-    pip_install -c "$constraints" -r "$ROOT/requirements.txt" -e "$ROOT[$2]" || explain_pip "the pack's requirements"
-    if [ -n "$comfy" ]; then
-        say "Installing ComfyUI's requirements."
-        grep -vE '^[[:space:]]*torch(audio|vision)?([^a-z]|$)' "$comfy/requirements.txt" >"$filtered"
-        pip_install -c "$constraints" -r "$filtered" || explain_pip "ComfyUI's requirements"
-    fi
+    pip_install -c "$CONSTRAINTS" -r "$ROOT/requirements.txt" -e "$ROOT[$2]" || explain_pip "the pack's requirements"
     rm -rf "$VENV/tmp"
     printf '%s\n' "$wanted" >"$STAMP.$1"
 }
 
+# Notes the installed torch, so that nothing installed after it can change it.
+keep_torch() {
+    "$VENV/bin/python" -m pip freeze --disable-pip-version-check | grep -E '^torch(audio|vision)?==' >"$CONSTRAINTS"
+}
+
 # --- ComfyUI --------------------------------------------------------------------------------------------------
 
-# Prints ComfyUI's folder, nothing where there is none: COMFYUI_PATH (and then no other place), the folder above the
-# custom_nodes this checkout is in, ~/comfy/ComfyUI.
-find_comfyui() {
-    local place
+# Prints the folder of every ComfyUI, one a line: COMFYUI_PATH (and then no other place), the folder above the
+# custom_nodes this checkout is in, ~/comfy/ComfyUI and ~/comfy/ComfyUI-*.
+find_comfyuis() {
+    local place folder seen=$'\n'
     if [ -n "${COMFYUI_PATH:-}" ]; then
         set -- "$COMFYUI_PATH"
     else
-        set -- "${HOME:-/nonexistent}/comfy/ComfyUI"
+        set -- "${HOME:-/nonexistent}"/comfy/ComfyUI "${HOME:-/nonexistent}"/comfy/ComfyUI-*
         if [ "$(basename "$(dirname "$ROOT")")" = custom_nodes ]; then
             set -- "$(dirname "$(dirname "$ROOT")")" "$@"
         fi
     fi
     for place in "$@"; do
-        if [ -f "$place/comfy/sd.py" ] && [ -f "$place/main.py" ]; then
-            (cd "$place" && pwd)
-            return
-        fi
+        [ -f "$place/comfy/sd.py" ] && [ -f "$place/main.py" ] && folder=$(cd "$place" && pwd -P) || continue
+        case "$seen" in *$'\n'"$folder"$'\n'*) continue ;; esac
+        seen+="$folder"$'\n'
+        printf '%s\n' "$folder"
     done
+}
+
+# The version of the ComfyUI in $1, as it calls itself.
+comfyui_version() {
+    sed -n 's/^__version__ *= *"\(.*\)".*/\1/p' "$1/comfyui_version.py" 2>/dev/null
+}
+
+# install_comfyui FOLDER: an environment of its own for that ComfyUI's requirements, over .venv: what is there and
+# serves is not installed again. Prints its Python. Quick where all is there already.
+install_comfyui() {
+    local home stamp wanted filtered
+    home="$VENV/hosts/$(basename "$1")"
+    stamp="$home/.installed" filtered="$home/requirements.txt"
+    wanted=$(environment_hash "$1" "$(cat "$1/requirements.txt")")
+    if [ ! -e "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+        rm -f "$stamp"
+        check_disk "$ROOT" "$HOST_GB"
+        : >"$LOG"
+        say "Installing the requirements of ComfyUI $(comfyui_version "$1") at $1."
+        "$VENV/bin/python" -m venv --clear --without-pip "$home" >>"$LOG" 2>&1 || die "$home cannot be made. ($LOG)"
+        see_packages "$home"
+        keep_torch
+        grep -vE '^[[:space:]]*torch(audio|vision)?([^a-z]|$)' "$1/requirements.txt" >"$filtered"
+        pip_install_with "$home/bin/python" -c "$CONSTRAINTS" -r "$filtered" || explain_pip "ComfyUI's requirements"
+        rm -rf "$VENV/tmp"
+        printf '%s\n' "$wanted" >"$stamp"
+    fi
+    printf '%s\n' "$home/bin/python"
+}
+
+# Lets the environment $1 see what .venv has, behind its own packages.
+see_packages() {
+    local packages
+    packages=$(compgen -G "$VENV/lib/python*/site-packages")
+    printf 'import site; site.addsitedir(r"%s")\n' "$packages" >"$(compgen -G "$1/lib/python*/site-packages")/nava_nodes.pth"
 }

@@ -48,6 +48,8 @@ def comfyui(folder):
     (folder / "comfy").mkdir(parents=True)
     (folder / "comfy" / "sd.py").touch()
     (folder / "main.py").touch()
+    (folder / "comfyui_version.py").write_text('# of a build\n__version__ = "0.1.2"\n')
+    (folder / "requirements.txt").write_text("torch\ntorchsde\ntorchvision\n torchaudio>=2\nnumpy>=1.25\n# text\n")
     return folder
 
 
@@ -173,45 +175,98 @@ def test_a_python_without_venv_is_a_sentence(tmp_path):
     assert not (tmp_path / "repo" / ".venv").exists()
 
 
+FAKE_PYTHON = r"""#!BASH
+case "$*" in
+"-m venv"*)
+    folder="${*: -1}"
+    rm -rf "$folder"
+    mkdir -p "$folder/lib/python3.11/site-packages" "$folder/bin"
+    cp "$0" "$folder/bin/python" ;;
+*freeze*) printf 'torch==2.11.0+cpu\ntorchsde==0.2.6\n' ;;
+*"pip install"*)
+    echo "$0 $*" >>"ROOT/calls.txt"
+    case "$*" in *index-url*) exit "${CPU_INDEX_CODE:-0}" ;; *hosts*) exit "${HOST_CODE:-0}" ;; esac ;;
+*pytest*) echo "$COMFYUI_PATH $0 $*" >>"ROOT/tests.txt"; eval "${PYTEST:-echo 1 passed in 1.00s}" ;;
+*ruff*) exit "${RUFF_CODE:-0}" ;;
+esac
+"""
+
+
 def fake_environment(root):
-    """A .venv whose Python notes what pip is asked for, in calls.txt."""
+    """A .venv whose Python notes what pip is asked for, in calls.txt, and pytest, in tests.txt."""
     for name in ("pyproject.toml", "requirements.txt"):
         shutil.copy(ROOT / name, root / name)
-    (root / ".venv").mkdir()
-    program(
-        root / ".venv" / "bin" / "python",
-        f"""case "$*" in
-*freeze*) printf 'torch==2.11.0+cpu\\ntorchsde==0.2.6\\n' ;;
-*"pip install"*) echo "$*" >>"{root}/calls.txt"; case "$*" in *index-url*) exit "${{CPU_INDEX_CODE:-0}}" ;; esac ;;
-esac""",
-    )
+    (root / ".venv" / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
+    (root / ".venv" / ".made-by-nava-nodes").touch()
+    python = root / ".venv" / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(FAKE_PYTHON.replace("BASH", BASH).replace("ROOT", str(root)))
+    python.chmod(0o755)
+
+
+def noted(path):
+    return path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.mark.parametrize("index_answers", [True, False])
 def test_what_is_installed_on_a_machine_without_a_gpu(tmp_path, index_answers):
     fake_environment(tmp_path)
-    comfy = comfyui(tmp_path / "ComfyUI")
-    (comfy / "requirements.txt").write_text("torch\ntorchsde\ntorchvision\n torchaudio>=2\nnumpy>=1.25\n# text\n")
     path = tools(tmp_path / "bin", "cksum")
     code = "0" if index_answers else "1"
-    done, _, err = shell(f'install_all test standalone,test "{comfy}"', tmp_path, PATH=str(path), CPU_INDEX_CODE=code)
+    done, _, err = shell("install_all test standalone,test", tmp_path, PATH=str(path), CPU_INDEX_CODE=code)
     assert done == 0, err
-    calls = (tmp_path / "calls.txt").read_text().splitlines()
+    calls = noted(tmp_path / "calls.txt")
     torch = [call for call in calls if "torch==2.11.0 torchaudio==2.11.0 torchvision==0.26.0" in call]
     assert ["--index-url" in call for call in torch] == ([True] if index_answers else [True, False])
-    assert f"-e {tmp_path}[standalone,test]" in calls[-2]
+    assert f"-e {tmp_path}[standalone,test]" in calls[-1]
     assert "constraints.txt" in calls[-1]
-    assert (tmp_path / ".venv" / "comfyui.txt").read_text().split("\n")[:3] == ["torchsde", "numpy>=1.25", "# text"]
     assert (tmp_path / ".venv" / "constraints.txt").read_text() == "torch==2.11.0+cpu\n"
 
     def again():
-        shell(f'install_all test standalone,test "{comfy}"', tmp_path, PATH=str(path), CPU_INDEX_CODE=code)
-        return len((tmp_path / "calls.txt").read_text().splitlines())
+        shell("install_all test standalone,test", tmp_path, PATH=str(path), CPU_INDEX_CODE=code)
+        return len(noted(tmp_path / "calls.txt"))
 
     assert again() == len(calls)  # nothing new: nothing is asked for
     with (tmp_path / "requirements.txt").open("a") as file:
         file.write("# changed\n")
     assert again() > len(calls)
+
+
+def test_each_comfyui_gets_an_environment_of_its_own_requirements(tmp_path):
+    fake_environment(tmp_path)
+    old, new = comfyui(tmp_path / "ComfyUI"), comfyui(tmp_path / "ComfyUI-next")
+    for each in (old, new):
+        code, out, err = shell(f'install_comfyui "{each}"', tmp_path)
+        assert code == 0, err
+        home = tmp_path / ".venv" / "hosts" / each.name
+        assert out == str(home / "bin" / "python")
+        assert f"Installing the requirements of ComfyUI 0.1.2 at {each}" in err
+        assert noted(tmp_path / "calls.txt")[-1].startswith(f"{out} -m pip install")
+        assert f"-c {tmp_path / '.venv' / 'constraints.txt'}" in noted(tmp_path / "calls.txt")[-1]
+        assert noted(home / "requirements.txt") == ["torchsde", "numpy>=1.25", "# text"]
+    assert len(noted(tmp_path / "calls.txt")) == 2
+    assert shell(f'install_comfyui "{new}"', tmp_path)[2] == ""  # again: as it is
+    assert len(noted(tmp_path / "calls.txt")) == 2
+    (new / "requirements.txt").write_text("torchsde>2\n")
+    shell(f'install_comfyui "{old}"; install_comfyui "{new}"', tmp_path)
+    assert len(noted(tmp_path / "calls.txt")) == 3
+    code, out, err = shell(f'rm -rf "$VENV/hosts"; install_comfyui "{old}"', tmp_path, HOST_CODE="1")
+    assert (code, out) == (1, "")
+    assert "Installing ComfyUI's requirements failed" in err
+    assert shell(f'install_comfyui "{old}"', tmp_path)[0] == 0  # a failed one is not taken for whole
+
+
+def test_a_comfyui_s_environment_sees_the_packages_of_the_other(tmp_path):
+    packages = f"lib/python3.{sys.version_info.minor}/site-packages"
+    for home in (tmp_path / ".venv", tmp_path / "host"):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    (tmp_path / ".venv" / packages / "shared_package.py").write_text("place = 'base'")
+    (tmp_path / ".venv" / packages / "own_package.py").write_text("place = 'base'")
+    (tmp_path / "host" / packages / "own_package.py").write_text("place = 'host'")
+    assert shell(f'see_packages "{tmp_path / "host"}"', tmp_path)[0] == 0
+    code = "import own_package, shared_package; print(own_package.place, shared_package.place)"
+    python = tmp_path / "host" / "bin" / "python"
+    assert subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.split() == ["host", "base"]
 
 
 def test_with_a_gpu_torch_is_pypi_s(tmp_path):
@@ -228,7 +283,7 @@ def test_with_a_gpu_torch_is_pypi_s(tmp_path):
 
 
 def find_by_python(root, environment):
-    """What the host tests find, from a checkout at ``root``."""
+    """What the host tests find by themselves, from a checkout at ``root``."""
     code = (
         "import sys, pathlib; sys.path.insert(0, 'tests/host'); import comfy_host; "
         f"comfy_host.ROOT = pathlib.Path({str(root)!r}); print(comfy_host.find_comfyui() or '')"
@@ -258,10 +313,135 @@ def test_comfyui_is_found_where_it_may_be(tmp_path, case):
         environment["COMFYUI_PATH"] = "none" if case == "none" else str(tmp_path)
         expected = ""
     root.mkdir(parents=True)
-    code, out, _ = shell("find_comfyui", root, **environment)
+    code, out, _ = shell("find_comfyuis | sed -n 1p", root, **environment)
     assert code == 0
     assert out == str(expected)
     assert find_by_python(root, environment) == str(expected)
+
+
+def test_every_comfyui_is_found_once(tmp_path):
+    home = tmp_path / "home"
+    expected = [comfyui(home / "comfy" / name) for name in ("ComfyUI", "ComfyUI-0.1", "ComfyUI-0.2 with a space")]
+    (home / "comfy" / "ComfyUI-same").symlink_to(expected[1])
+    (home / "comfy" / "ComfyUI-empty").mkdir()
+    assert shell("find_comfyuis", HOME=str(home))[1].splitlines() == [str(each) for each in expected]
+    root = expected[2] / "custom_nodes" / "nava-nodes"
+    root.mkdir(parents=True)
+    found = shell("find_comfyuis", root, HOME=str(home))[1].splitlines()
+    assert found == [str(expected[2]), str(expected[0]), str(expected[1])]
+    assert shell("find_comfyuis", HOME=str(tmp_path)) == (0, "", "")
+
+
+# --- scripts/test ------------------------------------------------------------------------------------------------
+
+
+def run_scripts_test(root, *arguments, **environment):
+    """scripts/test of a checkout at ``root`` with a fake .venv: (exit code, standard output, what pytest was asked)."""
+    (root / "scripts").mkdir(exist_ok=True)
+    for name in ("test", "_environment.sh"):
+        shutil.copy(ROOT / "scripts" / name, root / "scripts" / name)
+    if not (root / ".venv").exists():
+        fake_environment(root)
+    (root / "tests.txt").unlink(missing_ok=True)
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHON", "COMFYUI_PATH")}
+    done = subprocess.run(
+        [root / "scripts" / "test", *arguments],
+        env={**kept, "HOME": str(root / "home"), **environment}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    calls = [line.replace(str(root), "").split(" -m pytest --color=no ") for line in noted(root / "tests.txt")]
+    return done.returncode, done.stdout, calls
+
+
+NONE, BASE = "none /.venv/bin/python", "/.venv/hosts/{0}/bin/python"
+
+
+@pytest.fixture
+def two_comfyuis(tmp_path):
+    """A checkout's folder, with two ComfyUIs in its home; what pytest is started with for each."""
+    names = ("ComfyUI", "ComfyUI-next")
+    for name in names:
+        comfyui(tmp_path / "home" / "comfy" / name)
+    return tmp_path, [f"/home/comfy/{name} {BASE.format(name)}" for name in names]
+
+
+def test_all_tests_run_on_every_comfyui(two_comfyuis):
+    root, (old, new) = two_comfyuis
+    code, out, calls = run_scripts_test(root)
+    assert code == 0
+    assert calls == [[NONE, "tests/core"], *([each, "tests/host tests/browser"] for each in (old, new))]
+    assert out.splitlines()[-6:] == [
+        "",
+        "without ComfyUI: 1 passed in 1.00s",
+        f"ComfyUI 0.1.2 at {root}/home/comfy/ComfyUI: 1 passed in 1.00s",
+        f"ComfyUI 0.1.2 at {root}/home/comfy/ComfyUI-next: 1 passed in 1.00s",
+        "all passed",
+        "3 passed in 3.00s",
+    ]
+
+
+def test_arguments_choose_what_is_run(two_comfyuis):
+    root, hosts = two_comfyuis
+
+    def asked(*arguments):
+        return run_scripts_test(root, *arguments)[2]
+
+    assert asked("tests/core", "-k", "unipc") == [[NONE, "-k unipc tests/core"]]
+    assert asked("./tests/core/test_a.py::test_b", f"{root}/tests/host/test_c.py", "-x") == [
+        [NONE, "-x tests/core/test_a.py::test_b"],
+        *([each, "-x tests/host/test_c.py"] for each in hosts),
+    ]
+    assert asked("tests/browser") == [[each, "tests/browser"] for each in hosts]
+    assert [call[1] for call in asked("tests", "-q")] == ["-q tests/core", *["-q tests/host tests/browser"] * 2]
+    assert asked("-m", "a and b")[0] == [NONE, "-m a and b tests/core"]
+
+
+def test_a_failure_on_one_comfyui_is_told_at_the_end(two_comfyuis):
+    root, _ = two_comfyuis
+    outcome = """case "$0" in
+    *ComfyUI-next*)
+        echo 'FAILED tests/host/test_a.py::test_b - Wrong'
+        echo '1 failed, 2 passed, 1 warning in 2.50s (0:00:02)'
+        exit 1 ;;
+    *) echo '3 passed, 1 skipped in 1.00s' ;;
+    esac"""
+    code, out, _ = run_scripts_test(root, PYTEST=outcome)
+    last = out.splitlines()[-6:]
+    name = f"ComfyUI 0.1.2 at {root}/home/comfy/ComfyUI-next"
+    assert code == 1
+    assert last[0] == f"FAILED tests/host/test_a.py::test_b - Wrong  [{name}]"
+    assert last[3] == f"{name}: 1 failed, 2 passed, 1 warning in 2.50s (0:00:02)"
+    assert last[4:] == [f"failed: {name}", "1 failed, 8 passed, 2 skipped, 1 warning in 4.50s"]
+
+
+def test_exit_codes(two_comfyuis):
+    root, _ = two_comfyuis
+    nothing = "echo 'no tests ran in 0.01s'; exit 5"
+    assert run_scripts_test(root, PYTEST=nothing)[0] == 5
+    assert run_scripts_test(root, PYTEST=f'case "$0" in *next*) {nothing} ;; esac; echo 1 passed in 1s')[0] == 0
+    code, out, _ = run_scripts_test(root, RUFF_CODE="1")
+    assert code == 1
+    assert "failed: ruff check; ruff format" in out
+    assert run_scripts_test(root, PYTEST="exit 3")[0] == 3
+
+
+def test_a_comfyui_that_cannot_be_set_up_does_not_stop_the_others(two_comfyuis):
+    root, _ = two_comfyuis
+    code, out, calls = run_scripts_test(root, HOST_CODE="1")
+    assert code == 1
+    assert [call[1] for call in calls] == ["tests/core"]
+    assert out.count("not run, its requirements could not be installed") == 2
+
+
+def test_without_comfyui_it_is_said_that_host_tests_were_not_run(two_comfyuis):
+    root, _ = two_comfyuis
+    code, out, calls = run_scripts_test(root, COMFYUI_PATH="none")
+    assert code == 0
+    assert [call[0] for call in calls] == [NONE, NONE]  # what of them needs no ComfyUI
+    assert "host tests not run: no ComfyUI found" in out
+    code, out, calls = run_scripts_test(root, "tests/core", COMFYUI_PATH="none")
+    assert [call[1] for call in calls] == ["tests/core"]
+    code, out, calls = run_scripts_test(root, COMFYUI_PATH=str(root / "home" / "comfy" / "ComfyUI-next"))
+    assert len(calls) == 2
 
 
 def quickstart_functions(command, root):
@@ -364,4 +544,4 @@ def test_both_commands_from_a_fresh_clone_with_an_empty_home(tmp_path):
         cwd=home, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert tested.returncode == 0, tested.stdout + tested.stderr
-    assert "host tests not run" in tested.stderr
+    assert "all passed" in tested.stdout
