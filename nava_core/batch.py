@@ -27,6 +27,7 @@ from .lines import parse_line, read_lines
 
 REPORT, SUMMARY = "report.jsonl", "summary.json"
 UNFINISHED, LOCK = ".unfinished", ".batch.lock"
+MOST_WAITING = 64  # lines that wait for the same content's clip, before a batch reads no further
 KEY_LENGTH = 12  # hexadecimal digits of a job's hash in the names of clips without an id
 
 MADE, SKIPPED, DUPLICATE, FAILED = "made", "skipped", "duplicate", "failed"
@@ -139,6 +140,81 @@ class _Names:
         return f"{name}{job.suffix}", key
 
 
+@dataclass(frozen=True)
+class Task:
+    """A clip to make. ``path`` is where it is written, to be moved to its name when it is whole."""
+
+    line: int
+    job: Job
+    file: str
+    key: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Made:
+    """A clip that is at its task's path. ``seconds``: that making it took."""
+
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why a clip was not made: a sentence, and the traceback as text. ``fatal``: what no later clip would get past, so
+    that the batch ends with it; ``models``: it is the models' and not the line's."""
+
+    error: str
+    details: str = ""
+    fatal: Exception | None = None
+    models: bool = False
+
+
+def failure_of(error: Exception, job: Job | None = None) -> Failed:
+    """What an error means for the batch; ``job``: of the clip that was being made."""
+    models = job is not None and _is_the_models(error, job)
+    details = "".join(traceback.format_exception(error))
+    return Failed(explain(error), details, error if models or is_fatal(error) else None, models)
+
+
+class Runner:
+    """Makes clips, at most ``places`` at a time; this one in this process, each as soon as it is asked for.
+
+    ``open_pipeline``'s result is called with ``Job.request()``, ``callback`` and returns a clip with ``save(path)``.
+    """
+
+    places = 1
+
+    def __init__(self, open_pipeline: Callable[[], Callable[..., Any]], watcher: Watcher) -> None:
+        self.pipeline = open_pipeline()
+        self.watcher = watcher
+        self.results: list[tuple[Task, Made | Failed]] = []
+
+    def start(self, task: Task) -> None:
+        """Has a clip made."""
+        result = self._make(task)
+        if isinstance(result, Failed):
+            _free_memory()  # only here, where the error no longer holds the tensors it met
+        self.results.append((task, result))
+
+    def finished(self) -> list[tuple[Task, Made | Failed]]:
+        """What has ended since the last call; waits until something has."""
+        results, self.results = self.results, []
+        return results
+
+    def close(self) -> None:
+        """Ends what is at work."""
+
+    def _make(self, task: Task) -> Made | Failed:
+        start = time.monotonic()
+        try:
+            clip = self.pipeline(**task.job.request(), callback=self.watcher.step)
+            clip.save(task.path)
+        except Exception as error:
+            return failure_of(error, task.job)
+        return Made(time.monotonic() - start, tuple(getattr(clip, "warnings", ())))
+
+
 def run_batch(
     source: str | os.PathLike,
     folder: str | os.PathLike,
@@ -149,11 +225,12 @@ def run_batch(
     remake: bool = False,
     watcher: Watcher | None = None,
     debug: bool = False,
+    make_runner: Callable[[Callable[[], Callable[..., Any]], Watcher], Runner] = Runner,
 ) -> BatchResult:
-    """Make the clips of a batch file, one after another, into ``folder`` (made if missing).
+    """Make the clips of a batch file into ``folder`` (made if missing), by default one after another.
 
-    ``open_pipeline`` is called once, for the first clip that is to be made; its result is called with
-    ``Job.request()``, ``callback`` and returns a clip with ``save(path)``. A clip is named after the line's ``id``, or
+    ``make_runner`` is called once, for the first clip that is to be made, with ``open_pipeline``; see ``Runner``. Only
+    the lines at work are in memory. A clip is named after the line's ``id``, or
     after its number and content. A line whose clip is there, made from the same content, is skipped, wherever the line
     stands now; the same content twice is made once, and a second ``id`` gets a link to it (a copy where links are not
     possible). ``remake`` makes all again, each content once. ``models`` (names by role) are recorded, and a change
@@ -171,16 +248,19 @@ def run_batch(
     with _only_one(folder), _work_folder(folder) as work:
         report = Report(folder)
         report.begin(source, models or {}, watcher.note)
-        run = _Run(folder, work, report, open_pipeline, watcher, remake, debug)
+        run = _Run(folder, work, report, lambda: make_runner(open_pipeline, watcher), watcher, remake, debug, total)
         result = BatchResult(run.outcomes)
         try:
             for number, job in _jobs(source, defaults):
-                run.line(number, job, total)
+                run.line(number, job)
+            run.finish()
         except BaseException as error:
             result.interrupted = isinstance(error, KeyboardInterrupt)
             raise
         finally:
+            result.outcomes.sort(key=lambda outcome: (outcome.line, outcome.take or 0))
             _write_summary(folder, source, lines, result)
+            run.close()
     return result
 
 
@@ -259,34 +339,88 @@ class _Run:
     folder: Path
     work: Path
     report: Report
-    open_pipeline: Callable[[], Callable[..., Any]]
+    open_runner: Callable[[], Runner]
     watcher: Watcher
     remake: bool
     debug: bool
+    total: int
     outcomes: list[Outcome] = field(default_factory=list)
-    pipeline: Callable[..., Any] | None = None
+    runner: Runner | None = None
     names: _Names = field(default_factory=_Names)
     done: dict[str, int] = field(default_factory=dict)  # key: first line of this run that has its clip
     made: dict[str, str] = field(default_factory=dict)  # key: file made in this run
+    at_work: dict[str, list[Task]] = field(default_factory=dict)  # key: later tasks of the same content
+    waiting: int = 0  # of those
 
-    def line(self, number: int, job: Job | Exception, total: int) -> None:
+    def line(self, number: int, job: Job | Exception) -> None:
+        """Sees to a line; when this returns there is a place for another clip."""
         try:
             if isinstance(job, Exception):
                 raise job
-            outcome = self._clip(number, job, total)
-        except _ModelsError as error:
-            raise error.__cause__ from None
-        except Exception as error:  # whatever a line brings about, the rest goes on
-            if self.debug:
-                self.watcher.note(traceback.format_exc())
+            file, key = self.names.claim(number, job)
+        except (ValueError, OSError) as error:
+            self._failed(number, job, failure_of(error))
+            return
+        self._begin(Task(number, job, file, key, self.work / file))
+        while self.runner is not None and len(self.at_work) >= self.runner.places:
+            self._collect()
+
+    def finish(self) -> None:
+        """Waits for the clips at work."""
+        while self.at_work:
+            self._collect()
+
+    def close(self) -> None:
+        if self.runner is not None:
+            self.runner.close()
+
+    def _begin(self, task: Task) -> None:
+        """Settles a line whose clip is there, lets it wait for its like, or has its clip made."""
+        while task.key in self.at_work and self.waiting >= MOST_WAITING:
+            self._collect()
+        if task.key in self.at_work:
+            self.at_work[task.key].append(task)
+            self.waiting += 1
+            return
+        try:
+            outcome = self._existing(task)
+        except OSError as error:
+            self._failed(task.line, task.job, failure_of(error))
+            return
+        if outcome is not None:
+            self._settle(outcome)
+            return
+        if self.runner is None:
+            self.runner = self.open_runner()
+        self.at_work[task.key] = []
+        self.watcher.clip(task.line, len(self.outcomes), self.total, task.job)
+        self.runner.start(task)
+
+    def _collect(self) -> None:
+        """Waits until a clip has ended, and settles it and the lines that waited for it."""
+        for task, result in self.runner.finished():
+            like = self.at_work.pop(task.key)
+            self.waiting -= len(like)
+            if isinstance(result, Made):
+                try:
+                    result = self._placed(task, result)
+                except OSError as error:
+                    result = failure_of(error)
+            if isinstance(result, Failed):
+                self._failed(task.line, task.job, result)
+            else:
+                self._settle(result)
+            for other in like:
+                self._begin(other)
+
+    def _failed(self, number: int, job: Job | Exception, failed: Failed) -> None:
+        if self.debug and failed.details:
+            self.watcher.note(failed.details)
+        if not failed.models:
             warnings, take = (job.warnings, job.take) if isinstance(job, Job) else ((), None)
-            outcome = Outcome(number, FAILED, error=explain(error), warnings=warnings, take=take)
-            if is_fatal(error):
-                self._settle(outcome)
-                raise
-        self._settle(outcome)
-        if outcome.status == FAILED and self.pipeline is not None:
-            _free_memory()  # only here, where the error no longer holds the tensors it met
+            self._settle(Outcome(number, FAILED, error=failed.error, warnings=warnings, take=take))
+        if failed.fatal is not None:
+            raise failed.fatal
 
     def _settle(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
@@ -295,20 +429,21 @@ class _Run:
             self.report.add({**outcome.record(), "time": _now()})
         self.watcher.outcome(outcome)
 
-    def _clip(self, number: int, job: Job, total: int) -> Outcome:
-        file, key = self.names.claim(number, job)
-        first = self.done.get(key)
-        known = {"line": number, "key": key, "warnings": job.warnings, "duplicate_of": first, "take": job.take}
-        there = self._there(file, key, job)
+    def _existing(self, task: Task) -> Outcome | None:
+        """The outcome of a line whose clip is there, under its own name or one that it gets a link to."""
+        first = self.done.get(task.key)
+        known = {"line": task.line, "key": task.key, "duplicate_of": first}
+        known |= {"warnings": task.job.warnings, "take": task.job.take}
+        there = self._there(task.file, task.key, task.job)
         if there is not None:
-            self.done.setdefault(key, number)
+            self.done.setdefault(task.key, task.line)
             return Outcome(status=SKIPPED if first is None else DUPLICATE, file=there, **known)
-        twin = self._find(key)
-        if twin is not None:
-            self._link(twin, file)
-            self.done.setdefault(key, number)
-            return Outcome(status=DUPLICATE, file=file, size=self._size(file), **known)
-        return self._make(number, job, total, file, key)
+        twin = self._find(task.key)
+        if twin is None:
+            return None
+        self._link(twin, task.file)
+        self.done.setdefault(task.key, task.line)
+        return Outcome(status=DUPLICATE, file=task.file, size=self._size(task.file), **known)
 
     def _there(self, file: str, key: str, job: Job) -> str | None:
         """The file that already holds this job's clip and needs no other name."""
@@ -328,27 +463,13 @@ class _Run:
         made = self.made.get(key)
         return made if made is not None and self.report.has(made, key) else None
 
-    def _make(self, number: int, job: Job, total: int, file: str, key: str) -> Outcome:
-        if self.pipeline is None:
-            try:
-                self.pipeline = self.open_pipeline()
-            except Exception as error:
-                raise _ModelsError from error
-        self.watcher.clip(number, len(self.outcomes), total, job)
-        start = time.monotonic()
-        try:
-            clip = self.pipeline(**job.request(), callback=self.watcher.step)
-            clip.save(self.work / file)
-        except Exception as error:
-            if _is_the_models(error, job):
-                raise _ModelsError from error
-            raise
-        self._move_into_place(file)
-        self.done.setdefault(key, number)
-        self.made[key] = file
-        warnings = (*job.warnings, *(w for w in getattr(clip, "warnings", ()) if w not in job.warnings))
-        took = round(time.monotonic() - start, 3)
-        return Outcome(number, MADE, file, key, self._size(file), took, warnings=warnings, take=job.take)
+    def _placed(self, task: Task, made: Made) -> Outcome:
+        self._move_into_place(task.file)
+        self.done.setdefault(task.key, task.line)
+        self.made[task.key] = task.file
+        warnings = (*task.job.warnings, *(w for w in made.warnings if w not in task.job.warnings))
+        size, seconds = self._size(task.file), round(made.seconds, 3)
+        return Outcome(task.line, MADE, task.file, task.key, size, seconds, warnings=warnings, take=task.job.take)
 
     def _move_into_place(self, file: str) -> None:
         with (self.work / file).open("rb") as whole:
@@ -367,10 +488,6 @@ class _Run:
 
     def _size(self, file: str) -> int:
         return (self.folder / file).stat().st_size
-
-
-class _ModelsError(Exception):
-    """The models could not be loaded or used, which is no line's fault; the cause says why."""
 
 
 def _is_the_models(error: Exception, job: Job) -> bool:
