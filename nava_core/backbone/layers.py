@@ -51,18 +51,18 @@ def default_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: obje
 # ---------------------------------------------------------------- rotary positions
 
 
-def rotary_table(head_dim: int, video_grid: tuple[int, int, int], audio_steps: int) -> Tensor:
+def rotary_table(head_dim: int, video_grid: tuple[int, int, int], audio_steps: int, audio_start: float = 0.0) -> Tensor:
     """Unit complex rotations (video tokens + audio steps, head_dim / 2), complex64, on the CPU.
 
     Video: 3D rotary on (frame, row, column). Audio: the temporal part only, its frequencies scaled by 0.24, the rest
-    of the head left as it is. Computed in float64.
+    of the head left as it is. ``audio_start``: where its first step lies, in video frames. Computed in float64.
     """
     spatial = 2 * (head_dim // 6)
     temporal = head_dim - 2 * spatial
 
-    def angles(positions: int, width: int, scale: float = 1.0) -> Tensor:
+    def angles(positions: int, width: int, scale: float = 1.0, start: float = 0.0) -> Tensor:
         exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
-        return torch.outer(torch.arange(positions, dtype=torch.float64), scale / 10000**exponent)
+        return torch.outer(start + scale * torch.arange(positions, dtype=torch.float64), 1 / 10000**exponent)
 
     frames, rows, columns = video_grid
     video = torch.cat(
@@ -73,7 +73,7 @@ def rotary_table(head_dim: int, video_grid: tuple[int, int, int], audio_steps: i
         ],
         dim=-1,
     ).flatten(0, 2)
-    audio = F.pad(angles(audio_steps, temporal, AUDIO_TIME_SCALE), (0, spatial))
+    audio = F.pad(angles(audio_steps, temporal, AUDIO_TIME_SCALE, audio_start), (0, spatial))
     angle = torch.cat([video, audio])
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 

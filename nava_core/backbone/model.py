@@ -107,6 +107,7 @@ class NavaBackbone(nn.Module):
         timbre: Tensor | None = None,
         timbre_positions: Tensor | None = None,
         cross_modal: bool = True,
+        audio_start: float = 0.0,
         options: object = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Velocities (noise - x0) of video and audio latents, in one pass.
@@ -116,7 +117,8 @@ class NavaBackbone(nn.Module):
         timestep: (B,) on 0..1000, or a pair (video (B,) or (B, T), audio (B,) or (B, L)); a clean frame or step has 0.
         context: (B, n <= text_len, text_dim), the text encoder's output; zero-padded to text_len, none of it masked.
         timbre: (B, S, 192) voices, with timbre_positions (B, S) int, the place in the context of each (-1: unused).
-        cross_modal: False lets each modality attend to itself only. options: handed to every attention call.
+        cross_modal: False lets each modality attend to itself only. audio_start: where the sound begins, in latent
+        frames after the picture's first. options: handed to every attention call.
 
         Returns (video velocity or None, audio velocity or None) in the shapes given.
         Raises ValueError where shapes do not fit together.
@@ -124,7 +126,7 @@ class NavaBackbone(nn.Module):
         self._check(video, audio, context, timbre, timbre_positions)
         tokens, grid, split = self._embed(video, audio)
         state, embedding = self._prepare(
-            tokens, grid, split, timestep, context, timbre, timbre_positions, cross_modal, options
+            tokens, grid, split, timestep, context, timbre, timbre_positions, cross_modal, audio_start, options
         )
         tokens = self._run_blocks(tokens, state)
         return self._velocities(tokens, state, embedding, grid, video, audio)
@@ -172,7 +174,7 @@ class NavaBackbone(nn.Module):
         return torch.cat(parts, dim=1), grid, split
 
     def _prepare(
-        self, tokens, grid, split, timestep, context, timbre, timbre_positions, cross_modal, options
+        self, tokens, grid, split, timestep, context, timbre, timbre_positions, cross_modal, audio_start, options
     ) -> tuple[PassState, Tensor]:
         length = tokens.shape[1]
         distinct, groups = self._distinct_timesteps(timestep, tokens.shape[0], grid[0], length - split)
@@ -190,7 +192,7 @@ class NavaBackbone(nn.Module):
             stretches=tuple(stretches),
             suffixes=tuple(suffixes),
             vectors=vectors,
-            table=self._rotary_table(grid, length - split, tokens.device),
+            table=self._rotary_table(grid, length - split, tokens.device, audio_start),
             context=self._embed_context(context, timbre, timbre_positions),
             cross_modal=cross_modal,
             attention=self.attention,
@@ -216,11 +218,11 @@ class NavaBackbone(nn.Module):
         distinct, index = torch.unique(torch.cat(columns, dim=1), return_inverse=True)
         return distinct, tuple(index.split([c.shape[1] for c in columns], dim=1))
 
-    def _rotary_table(self, grid, steps, device) -> Tensor:
-        key = (grid, steps, device)
+    def _rotary_table(self, grid, steps, device, audio_start=0.0) -> Tensor:
+        key = (grid, steps, device, audio_start)
         table = self._tables.pop(key, None)
         if table is None:
-            table = rotary_table(self.config.head_dim, grid, steps).to(device)
+            table = rotary_table(self.config.head_dim, grid, steps, audio_start).to(device)
         self._tables[key] = table  # newest last
         while len(self._tables) > CACHED_TABLES:
             self._tables.pop(next(iter(self._tables)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.nested_tensor
@@ -27,6 +28,7 @@ class NavaGuider(comfy.samplers.CFGGuider):
     def __init__(self, model_patcher, guidance: Guidance):
         super().__init__(model_patcher)
         self.guidance = guidance
+        self.cfg = None  # the stock CFG Override node sets it for the steps that it acts in
         self._warned = False
 
     def set_conds(self, positive, negative=None):
@@ -52,6 +54,17 @@ class NavaGuider(comfy.samplers.CFGGuider):
             self._warned = True
             logging.warning("NAVA's guidance does not use %s of this MODEL: use a stock guider.", ", ".join(found))
 
+    def _guidance(self, joint: bool) -> Guidance:
+        """The guidance; where CFG Override acts, with text terms as those of stock CFG, u + cfg (c - u)."""
+        if self.cfg is None:
+            return self.guidance
+        weight = max(float(self.cfg) - 1.0, 0.0)
+        # A scale of 1 is no weight where the formula starts from u, 0 where it starts from c.
+        video = 0.0 if self.guidance.alignment and joint else 1.0
+        audio = 0.0 if self.has_voice and self.guidance.audio_timbre > 0 else video
+        always = {term: span for term, span in self.guidance.intervals.items() if not term.endswith("_text")}
+        return replace(self.guidance, video_text=weight + video, audio_text=weight + audio, intervals=always)
+
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         model_options = {} if model_options is None else model_options
         model = self.inner_model
@@ -59,16 +72,16 @@ class NavaGuider(comfy.samplers.CFGGuider):
         shapes = model.latent_shapes
         gone = absent_parts(shapes)
         sigma = float(timestep.flatten()[0])
-        needed = self.guidance.needed(
-            sigma, self.has_voice, has_video=not gone[0], has_audio=len(gone) > 1 and not gone[1]
-        )
+        has_video, has_audio = not gone[0], len(gone) > 1 and not gone[1]
+        guidance = self._guidance(has_video and has_audio)
+        needed = guidance.needed(sigma, self.has_voice, has_video, has_audio)
         conds = [self.conds[PREDICTIONS[name]] for name in needed]
         predictions = comfy.samplers.calc_cond_batch(model, conds, x, timestep, model_options)
         # The guidance formulas' weights add up to one, so they hold for denoised latents as for velocities.
         pairs = {
             name: _modalities(prediction, shapes, gone) for name, prediction in zip(needed, predictions, strict=True)
         }
-        combined = self.guidance.combine(pairs, sigma, self.has_voice)
+        combined = guidance.combine(pairs, sigma, self.has_voice)
         parts = comfy.utils.unpack_latents(predictions[0], shapes)
         parts = [part if new is None else new for part, new in zip(parts, combined, strict=False)]
         denoised = comfy.utils.pack_latents(parts)[0] if len(parts) > 1 else parts[0]
@@ -155,11 +168,19 @@ def make_guider(model, positive, negative, guidance: Guidance) -> NavaGuider:
     return guider
 
 
+def _callback(patcher, samples, steps: int):
+    """The host's progress and previews; for a clip of sound alone, progress: its picture is one pixel."""
+    if not is_nested(samples) or not absent_parts([part.shape for part in samples.unbind()])[0]:
+        return latent_preview.prepare_callback(patcher, steps)
+    bar = comfy.utils.ProgressBar(steps)
+    return lambda step, x0, x, total_steps: bar.update_absolute(step + 1, total_steps)
+
+
 def sample(guider, latent: dict, seed: int, sampler, sigmas) -> dict:
     """One run, with the host's noise, previews, progress and interruption: LATENT in, LATENT out."""
     samples = latent["samples"]
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    callback = latent_preview.prepare_callback(guider.model_patcher, sigmas.shape[-1] - 1)
+    callback = _callback(guider.model_patcher, samples, sigmas.shape[-1] - 1)
     result = guider.sample(
         noise,
         samples,

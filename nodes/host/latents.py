@@ -9,7 +9,16 @@ import comfy.nested_tensor
 import comfy.utils
 import torch
 
-from ...nava_core.geometry import AUDIO_BINS, AUDIO_CHANNELS, FPS, VIDEO_CHANNELS, ClipGeometry, frames_of_latents
+from ...nava_core.geometry import (
+    AUDIO_BINS,
+    AUDIO_CHANNELS,
+    AUDIO_LATENTS_PER_SECOND,
+    FPS,
+    LATENTS_PER_SECOND,
+    VIDEO_CHANNELS,
+    ClipGeometry,
+    frames_of_latents,
+)
 
 
 def is_nested(latent) -> bool:
@@ -46,6 +55,17 @@ def check_shapes(shapes, config) -> None:
         )
     if all(absent_parts(shapes)):
         raise ValueError(f"This latent has neither picture nor sound: {hint}.")
+
+
+def audio_steps_of(frames, video_frames: int, audio_steps: int) -> list[int]:
+    """The audio steps of the same time as these latent ``frames`` of a clip of ``video_frames``, in their order.
+
+    A latent frame lasts 25/6 steps; the last one takes all that are left. Where there are none, the last step.
+    """
+    bounds = [round(frame * AUDIO_LATENTS_PER_SECOND / LATENTS_PER_SECOND) for frame in range(video_frames)]
+    bounds = [min(bound, audio_steps) for bound in bounds] + [audio_steps]
+    steps = [step for frame in frames for step in range(bounds[frame], bounds[frame + 1])]
+    return steps or [audio_steps - 1]
 
 
 def map_video(latent, function, latent_shapes):

@@ -38,7 +38,7 @@ from ...nava_core.checkpoint import (
     stream_tensors,
 )
 from ...nava_core.geometry import audio_latent_to_tokens, audio_tokens_to_latent
-from .latents import absent_parts, check_shapes, map_video, shapes_of
+from .latents import absent_parts, audio_steps_of, check_shapes, map_video, shapes_of
 from .preview import host_unpacks, video_first
 
 # Conditioning keys of this pack; stock guiders carry them to the model like any other.
@@ -107,6 +107,7 @@ class HostBackbone(NavaBackbone):
             timbre=timbre,
             timbre_positions=timbre_positions,
             cross_modal=cross_modal,
+            audio_start=_anchor_frames(transformer_options),
             options=transformer_options,
         )
         out = [torch.zeros_like(part) if missing else None for part, missing in zip(parts, gone, strict=True)]
@@ -142,6 +143,7 @@ class NavaModel(comfy.model_base.BaseModel):
         # Set by outer_sample below. Newer hosts set it too, to the same, but only after they have asked how much memory
         # the run will need.
         self.latent_shapes = None
+        self._cache_named = False  # the warning of a step cache was given
         self._clean = None  # packed mask of wholly given frames and steps of the run under way
 
     # ------------------------------------------------------------ conditions
@@ -174,13 +176,33 @@ class NavaModel(comfy.model_base.BaseModel):
             out["prediction"] = comfy.conds.CONDConstant(kwargs.get("prompt_type"))
         return out
 
-    def process_timestep(self, timestep, video_steps=None, audio_steps=None, **kwargs):
+    def process_timestep(self, timestep, x=None, latent_shapes=None, video_steps=None, audio_steps=None, **kwargs):
         """Timesteps, 0 where a frame or an audio step is given, so a pair (video, audio) then."""
+        if latent_shapes is not None and x.shape[2] != sum(math.prod(shape[1:]) for shape in latent_shapes):
+            raise ValueError(
+                "The context windows of this ComfyUI do not know picture and sound apart: update ComfyUI, or take the "
+                "context windows node off the MODEL."
+            )
         if video_steps is None and audio_steps is None:
             return timestep
         return tuple(
             timestep if steps is None else timestep[:, None] * steps.float() for steps in (video_steps, audio_steps)
         )
+
+    # Context windows: hosts that know several modalities ask the model what belongs together.
+
+    def map_context_window_to_modalities(self, primary_indices, latent_shapes, dim):
+        """Indices of each modality for a window of latent frames: the sound of the window's own time."""
+        return [primary_indices, audio_steps_of(primary_indices, latent_shapes[0][dim], latent_shapes[1][dim])]
+
+    def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=()):
+        """What a condition is inside a window; the text and the voices are whole in each."""
+        if cond_key == "audio_steps" and getattr(window, "modality_windows", None):
+            return cond_value._copy_with(window.modality_windows[1].get_tensor(cond_value.cond, device, dim=1))
+        if cond_key == "video_steps" and cond_value.cond.shape[1] == x_in.shape[window.dim]:
+            return cond_value._copy_with(window.get_tensor(cond_value.cond, device, dim=1))
+        ours = ("c_crossattn", "timbre", "timbre_positions", "video_steps", "audio_steps")
+        return cond_value if cond_key in ours else None
 
     def scale_latent_inpaint(self, sigma, noise, latent_image, **kwargs):
         """The given part as the network sees it: clean where a frame or step is given whole, else noised."""
@@ -243,6 +265,23 @@ def _check_context(context, config) -> None:
         )
 
 
+def _anchor_frames(transformer_options) -> int:
+    """Frames before a context window that the host gives the picture, but not the sound, to go on from."""
+    anchor = getattr(transformer_options.get("context_window"), "causal_anchor_index", None)
+    return 0 if anchor is None or anchor < 0 else 1
+
+
+def _warn_of_step_cache(model, transformer_options) -> None:
+    cache = transformer_options.get("easycache")  # where the stock EasyCache and LazyCache keep their state
+    if cache is not None and not model._cache_named:
+        model._cache_named = True
+        logging.warning(
+            "NAVA: %s decides by picture and sound together, which is almost all picture, and is known to halve the "
+            "loudness of the sound: make the final clip without it.",
+            getattr(cache, "name", "a step cache"),
+        )
+
+
 def _generated_steps(mask):
     """(B, C, steps, ...) noise mask -> (B, steps): 0 where all of a frame or step is given, else 1."""
     return (mask.movedim(2, 1).flatten(2).amax(-1) > 0).float()
@@ -265,6 +304,8 @@ def outer_sample(
     model = executor.class_obj.model_patcher.model
     shapes = shapes_of(latent_shapes, latent_image)
     check_shapes(shapes, model.diffusion_model.config)
+    if len(shapes) > 1 and not any(absent_parts(shapes)):
+        _warn_of_step_cache(model, executor.class_obj.model_options.get("transformer_options", {}))
     model.latent_shapes = shapes
     given = _given_values(shapes, latent_image, denoise_mask)
     model._clean = _clean_values(shapes, denoise_mask)

@@ -459,6 +459,121 @@ def test_nested_latents_are_processed_as_packed_ones(patcher):
         patcher.model.process_latent_out(packed[:, :, :-1])
 
 
+# ---------------------------------------------------------------- stock nodes that change a run
+
+WINDOWS = pack_module("nodes.host.latents").audio_steps_of
+
+
+def test_audio_steps_of_frames_are_those_of_their_time():
+    shape = geometry.ClipGeometry(6, 96, 80)
+    frames, steps = shape.latent_shape[1], shape.audio_shape[1]
+    assert WINDOWS(range(frames), frames, steps) == list(range(steps))
+    for start in (0, 6, 12, 30):  # whole seconds
+        window = WINDOWS(range(start, start + 6), frames, steps)
+        assert window == list(range(start * 25 // 6, start * 25 // 6 + 25))
+    assert WINDOWS([3, 4], frames, 1) == [0]  # a picture without sound
+    assert WINDOWS([36, 0], 37, 152) == [150, 151, 0, 1, 2, 3]
+    assert WINDOWS([36], 37, 200) == list(range(150, 200))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_context_windows_get_the_sound_of_their_time(patcher, context, voice, monkeypatch, masked):
+    """Or a sentence, on hosts whose windows know one modality only."""
+    import comfy.context_windows as windows
+
+    seen = []
+    original = pack_module("nava_core.backbone").NavaBackbone.forward
+
+    def forward(self, video, audio, timestep, *args, **kwargs):
+        seen.append((video, audio, kwargs["audio_start"], timestep))
+        return original(self, video, audio, timestep, *args, **kwargs)
+
+    clone = patcher.clone()
+    clone.model_options["context_handler"] = windows.IndexListContextHandler(
+        windows.get_matching_context_schedule("standard_static"),
+        windows.get_matching_fuse_method("pyramid"),
+        context_length=4, context_overlap=1, dim=2,
+    )  # fmt: skip
+    windows.create_prepare_sampling_wrapper(clone)
+    monkeypatch.setattr(pack_module("nava_core.backbone").NavaBackbone, "forward", forward)
+    clip = latent(seconds=1)
+    if masked:
+        video, audio = (torch.ones(part.shape) for part in clip["samples"].unbind())
+        video[:, :, 0] = 0
+        audio[:, :, 20:] = 0
+        clip["noise_mask"] = comfy.nested_tensor.NestedTensor([video, audio])
+    guider = guiders.make_guider(clone, conditioning(context, voice), None, sampling.CONDITIONAL)
+    settings = (guider, clip, SEED, guiders.euler_sampler(), sampling.distilled_sigmas()[:2])
+    if not hasattr(windows, "WindowingState"):
+        with pytest.raises(ValueError, match="do not know picture and sound apart"):
+            guiders.sample(*settings)
+        return
+    for part in guiders.sample(*settings)["samples"].unbind():
+        assert part.isfinite().all()
+    noise = [part.expand(1, *part.shape[1:]) for part in comfy.sample.prepare_noise(clip["samples"], SEED).unbind()]
+    video, audio = noise[0], geometry.audio_latent_to_tokens(noise[1])
+    # 7 frames in windows of 4; from the second on, the host lets the picture go on from the frame before.
+    (first, second) = seen
+    assert torch.equal(second[0][:, :, 1:], video[:, :, 3:])
+    assert torch.equal(second[0][:, :, :1], video[:, :, 2:3])
+    assert (first[2], second[2]) == (0, 1)
+    if masked:
+        assert [each.tolist() for each in first[3]] == [[[0, 1000, 1000, 1000]], [[1000] * 17]]
+        assert [each.tolist() for each in second[3]] == [[[1000] * 5], [[1000] * 8 + [0] * 7]]
+    else:
+        assert torch.equal(first[0], video[:, :, :4])
+        assert torch.equal(first[1], audio[:, :17])
+        assert torch.equal(second[1], audio[:, 12:])
+
+
+def test_sound_that_begins_later_is_turned_by_that_much(core):
+    """``audio_start`` 6 is one second, 25 steps: the same as the end of a sound that begins with the picture."""
+    table = pack_module("nava_core.backbone.layers").rotary_table
+    whole, later = table(128, (2, 1, 1), 30), table(128, (2, 1, 1), 5, 6.0)
+    torch.testing.assert_close(later[2:], whole[2 + 25 :])
+    generator = torch.Generator().manual_seed(2)
+    video, audio = torch.randn(1, 48, 2, 2, 2, generator=generator), torch.randn(1, 5, 128, generator=generator)
+    context = torch.randn(1, 3, core.config.text_dim, generator=generator)
+    settings = (video, audio, torch.tensor([500.0]), context)
+    assert (core(*settings)[0] - core(*settings, audio_start=6.0)[0]).abs().max() > 1e-6
+
+
+def overridden(patcher, cfg, low=0.0, high=1.0):
+    """The patcher with what the stock CFG Override node puts on it."""
+
+    def wrapper(executor, *args, **kwargs):
+        guider, sigma = executor.class_obj, float(args[1].flatten()[0])
+        saved = guider.cfg
+        if low <= sigma <= high:
+            guider.cfg = cfg
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.cfg = saved
+
+    clone = patcher.clone()
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "test", wrapper)
+    return clone
+
+
+@pytest.mark.parametrize("mode", ["video+audio", "audio"])
+@pytest.mark.parametrize("alignment", [True, False])
+@pytest.mark.parametrize("voiced", [True, False])
+def test_cfg_override_sets_the_text_terms(patcher, context, voice, mode, alignment, voiced):
+    """cfg 2.5 weighs c - u with 1.5, and 1 leaves it out, in each line of the guidance table."""
+    positive, clip = conditioning(context, voice if voiced else None), latent(mode)
+    aligned = alignment and mode == "video+audio"
+    start, voice_start = (0.0, 0.0) if aligned else (1.0, 0.0 if voiced else 1.0)
+    for cfg in (2.5, 1.0):
+        scales = {"video_text": cfg - 1 + start, "audio_text": cfg - 1 + voice_start}
+        wanted = host_run(patcher, positive, clip, sampling.Guidance(alignment=alignment, **scales))
+        given = sampling.Guidance(alignment=alignment, intervals={"audio_text": (0.0, 0.0)})
+        got = host_run(overridden(patcher, cfg), positive, clip, given)
+        assert_close(got, wanted, 1e-6)
+    apart = host_run(overridden(patcher, 1.0, high=0.0), positive, clip, sampling.Guidance(alignment=alignment))
+    assert_close(apart, host_run(patcher, positive, clip, sampling.Guidance(alignment=alignment)), 1e-6)
+
+
 # ---------------------------------------------------------------- wrong wires
 
 

@@ -160,6 +160,16 @@ def test_previews_show_the_picture(comfy, method):
         assert likeness[1:].max() < likeness[0] - 0.2
 
 
+def test_sound_alone_has_progress_and_no_preview_of_its_one_pixel(comfy):
+    graph = Graph()
+    latent = graph.latent(mode="audio only")
+    latent = graph.sampler(graph.model(comfy.names), graph.prompt(graph.clip(comfy.names)), latent, steps=STEPS)
+    graph.save_latents(latent, "sound_alone")
+    run = comfy.ok(graph, preview_method="latent2rgb")
+    assert run.previews == []
+    assert (latent[0], STEPS, STEPS) in run.progress
+
+
 def given_frames_and_steps(comfy, prefix, start):
     """A graph that keeps the first latent frames and audio steps of ``start``'s result; (run's graph, latent)."""
     graph, first = text_to_latent(comfy.names, seed=start)
@@ -279,7 +289,9 @@ def test_stock_cache_nodes_run(comfy, node):
         node, model=graph.model(comfy.names), reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=True
     )
     latent = graph.sampler(cached, graph.prompt(graph.clip(comfy.names)), graph.latent(), steps=8)
+    said_before = len(comfy.said())
     video, audio = sampled(comfy, node, graph, latent)
+    assert comfy.said()[said_before:].count(f"NAVA: {node} decides by picture and sound together") == 1
     assert video.isfinite().all()
     assert audio.isfinite().all()
     assert difference((video, audio), sampled(comfy, f"no_{node}", *text_to_latent(comfy.names, steps=8))) > 0
@@ -337,3 +349,20 @@ def test_the_distilled_preset_is_its_parts_under_stock_nodes(comfy, lora):
     if lora:
         plain = run("plain", lambda g, m, p: g.sampler(g.model(comfy.names), p, g.latent(), preset=DISTILLED))
         assert difference(node, plain) > 1e-3
+
+
+def test_the_hosts_cfg_override_reaches_our_guidance(comfy):
+    """Hosts that have the node: cfg 1 over the whole run leaves the text terms out."""
+    if "CFGOverride" not in comfy.get("/object_info"):
+        pytest.skip("this ComfyUI has no CFG Override node")
+
+    def run(prefix, override=False, **scales):
+        graph = Graph()
+        model = graph.model(comfy.names)
+        if override:
+            model = graph.add("CFGOverride", model=model, cfg=1.0, start_percent=0.0, end_percent=1.0)
+        latent = graph.sampler(model, graph.prompt(graph.clip(comfy.names)), graph.latent(), **scales)
+        return sampled(comfy, prefix, graph, latent)
+
+    assert_same(run("overridden", override=True), run("no_text", video_text=0.0, audio_text=0.0))
+    assert difference(run("overridden_not"), run("no_text_again", video_text=0.0, audio_text=0.0)) > 1e-3
