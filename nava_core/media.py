@@ -16,6 +16,7 @@ import wave
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ SOUND_STAGE = "decoded sound (audio VAE)"
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
 AAC_BITS_PER_SECOND = 256_000
 BT709, LIMITED_RANGE = 1, 1  # FFmpeg's numbers for them
+TRANSFERS = {"BT.709": BT709, "sRGB": 13}
 CHUNK = 8  # frames converted at a time
 # x264's macroblock tree reads past the end of a row unless the width is a multiple of 128: equal frames then gave files
 # that differed from run to run.
@@ -63,6 +65,8 @@ def mux(
     fps: float | Fraction = FPS,
     *,
     crf: float = 18,
+    preset: str = "medium",
+    transfer: str = "BT.709",
     metadata: Mapping[str, Any] | None = None,
     callback: Callable[[int, int | None], None] | None = None,
 ) -> int:
@@ -72,17 +76,24 @@ def mux(
     tensor or array or as an iterable of such chunks, so that a decoder can be streamed. An odd width or height gets its
     last column or row twice, since yuv420p has none. ``waveform`` is (C, N) with 1 or 2 channels within -1..1, or None
     for a clip without sound; it is cut or filled with silence to last exactly as long as the picture, T / fps seconds.
-    ``metadata`` are the container's tags; values that are not text are stored as JSON. ``callback(frame, frames)`` runs
-    after every frame, ``frames`` being None for an iterable; what it raises ends the writing, and no file is left.
+    ``crf`` and ``preset`` are x264's (quality, and speed against size); ``transfer`` is the curve that the file names,
+    "BT.709" or "sRGB", for the same pixels. ``metadata`` are the container's tags; values that are not text are stored
+    as JSON. ``callback(frame, frames)`` runs after every frame, ``frames`` being None for an iterable; what it raises
+    ends the writing, and no file is left.
 
     Returns the number of frames. Raises NonFiniteError, naming the stage, before anything that is not finite reaches an
     encoder, and ValueError for shapes, rates and channels that cannot be written.
     """
+    if transfer not in TRANSFERS:
+        raise ValueError(f"The transfer curve is one of {', '.join(TRANSFERS)}; got {transfer}.")
     sound = None if waveform is None else _Sound(waveform, sample_rate)
     rate = _frame_rate(fps)
+    encoding = {"crf": str(crf), "preset": preset, "x264-params": REPEATABLE}
     total = len(frames) if hasattr(frames, "ndim") else None
-    with _whole_file(path) as temporary:
-        return _write_mp4(temporary, _frame_chunks(frames), total, sound, rate, crf, metadata or {}, callback)
+    tags = {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    with whole_file(path) as temporary:
+        add_picture = partial(_add_picture_stream, rate=rate, options=encoding, transfer=TRANSFERS[transfer])
+        return _write_mp4(temporary, _frame_chunks(frames), total, sound, rate, add_picture, tags, callback)
 
 
 def write_wav(
@@ -103,7 +114,7 @@ def write_wav(
     width = bits // 8
     # little-endian: of each 4 bytes the first ``width`` are the value
     data = levels.T.flatten().contiguous().view(torch.uint8).reshape(-1, 4)[:, :width].contiguous().numpy().tobytes()
-    with _whole_file(path) as temporary, wave.open(str(temporary), "wb") as file:
+    with whole_file(path) as temporary, wave.open(str(temporary), "wb") as file:
         file.setnchannels(samples.shape[0])
         file.setsampwidth(width)
         file.setframerate(int(sample_rate))
@@ -112,7 +123,7 @@ def write_wav(
 
 
 @contextmanager
-def _whole_file(target: Target) -> Iterator[Path]:
+def whole_file(target: Target) -> Iterator[Path]:
     """A temporary path beside ``target`` that takes its place if the block ends well, and vanishes if it does not."""
     if hasattr(target, "write"):
         with tempfile.TemporaryDirectory(prefix="nava-") as folder:
@@ -150,10 +161,11 @@ def _frame_chunks(frames) -> Iterator[torch.Tensor]:
         for part in parts:
             check_finite(part, FRAMES_STAGE)
         for part in parts:
-            yield _pad_to_even((part.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+            yield pad_to_even((part.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
 
 
-def _pad_to_even(frames: torch.Tensor) -> torch.Tensor:
+def pad_to_even(frames: torch.Tensor) -> torch.Tensor:
+    """Frames (T, H, W, C) with the last row or column twice where there is an odd number of them."""
     for dim in (1, 2):
         if frames.shape[dim] % 2:
             frames = torch.cat([frames, frames.narrow(dim, frames.shape[dim] - 1, 1)], dim=dim)
@@ -185,7 +197,7 @@ class _Sound:
         return part
 
 
-def _write_mp4(path: Path, chunks, total, sound, rate: Fraction, crf: float, metadata, callback) -> int:
+def _write_mp4(path: Path, chunks, total, sound, rate: Fraction, add_picture, tags, callback) -> int:
     import av
 
     count = 0
@@ -193,12 +205,11 @@ def _write_mp4(path: Path, chunks, total, sound, rate: Fraction, crf: float, met
     ticks = math.lcm(rate.numerator, sound.rate if sound else 1)
     flags = {"movflags": "use_metadata_tags+faststart", "movie_timescale": str(ticks)}
     with av.open(str(path), "w", format="mp4", options=flags) as container:
-        for key, value in metadata.items():
-            container.metadata[str(key)] = value if isinstance(value, str) else json.dumps(value)
+        container.metadata.update(tags)
         picture_stream = sound_stream = None
         for chunk in chunks:
             if picture_stream is None:
-                picture_stream = _add_picture_stream(container, chunk.shape[2], chunk.shape[1], rate, crf)
+                picture_stream = add_picture(container, chunk.shape[2], chunk.shape[1])
                 if sound is not None:
                     sound_stream = container.add_stream("aac", rate=sound.rate, layout="stereo")
                     sound_stream.bit_rate = AAC_BITS_PER_SECOND
@@ -223,13 +234,13 @@ def _write_mp4(path: Path, chunks, total, sound, rate: Fraction, crf: float, met
     return count
 
 
-def _add_picture_stream(container, width: int, height: int, rate: Fraction, crf: float):
-    options = {"crf": str(crf), "x264-params": REPEATABLE}
+def _add_picture_stream(container, width: int, height: int, *, rate: Fraction, options: dict, transfer: int):
     stream = container.add_stream("libx264", rate=rate, options=options)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     context = stream.codec_context
     context.time_base = 1 / rate
-    context.colorspace = context.color_primaries = context.color_trc = BT709
+    context.colorspace = context.color_primaries = BT709
+    context.color_trc = transfer
     context.color_range = LIMITED_RANGE
     return stream
 

@@ -1,20 +1,24 @@
-"""A clip as the host's VIDEO, written by the core's mux."""
+"""A clip as the host's VIDEO: MP4 of H.264 by the core's mux, whatever else the host can write by the host's writer."""
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 
 import comfy.model_management
 import comfy.utils
-from comfy_api.latest import Input, Types
+from comfy_api.latest import Input, InputImpl, Types
 
-from ...nava_core.media import FRAMES_STAGE, SOUND_STAGE, check_finite, mux
+from ...nava_core.media import FRAMES_STAGE, SOUND_STAGE, check_finite, fit_length, mux, pad_to_even, whole_file
+
+Container, Codec = Types.VideoContainer, Types.VideoCodec
 
 
 class MuxedVideo(Input.Video):
-    """Frames (T, H, W, 3) and an optional AUDIO; ``save_to`` writes H.264 and AAC of exactly one length, atomically.
+    """Frames (T, H, W, 3) in 0..1, SDR, and an optional AUDIO of exactly their length in every file.
 
-    Raises NonFiniteError, naming the stage that made it, for NaN or infinity. Run on ComfyUI 0.18.1.
+    ``crf`` is the quality of H.264 where Save Video asks for none. Raises NonFiniteError, naming the stage that made
+    it, for NaN or infinity. Run on ComfyUI 0.18.1 and 0.33.0.
     """
 
     def __init__(self, frames, audio=None, fps: float = 24.0, crf: int = 18):
@@ -44,11 +48,50 @@ class MuxedVideo(Input.Video):
     def get_duration(self) -> float:
         return float(self.frames.shape[0] / self.rate)
 
-    def save_to(self, path, format=Types.VideoContainer.AUTO, codec=Types.VideoCodec.AUTO, metadata=None, **_):
-        if format not in (Types.VideoContainer.AUTO, Types.VideoContainer.MP4):
-            raise ValueError(f"NAVA clips are written as mp4, not {format}: choose auto or mp4 in Save Video.")
-        if codec not in (Types.VideoCodec.AUTO, Types.VideoCodec.H264):
-            raise ValueError(f"NAVA clips are written as h264, not {codec}: choose auto or h264 in Save Video.")
+    def get_container_format(self) -> str:
+        return "mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's name for an MP4 that is read
+
+    def get_bit_depth(self) -> int:
+        return 8
+
+    def get_color_space(self) -> str:
+        return "sRGB"
+
+    def save_to(
+        self,
+        path,
+        format=Container.AUTO,
+        codec=Codec.AUTO,
+        metadata=None,
+        bit_depth=None,
+        crf=None,
+        color_space=None,
+        preset=None,
+        **others,
+    ):
+        """Write the clip as Save Video's settings ask, None being a setting left alone; whole, or not at all.
+
+        Raises ValueError, in a sentence, for HDR, more than 8 bits, what this host cannot write, and settings of a
+        later host that are not known here.
+        """
+        unknown = sorted(name for name, value in others.items() if value is not None)
+        if unknown:
+            raise ValueError(f"NAVA Mux does not know Save Video's setting {unknown[0]}: leave it at its default.")
+        if bit_depth not in (None, 8):
+            raise ValueError(f"NAVA clips are written with 8 bits, not {bit_depth}: choose 8 bits in Save Video.")
+        if color_space not in (None, "auto", "sRGB"):
+            raise ValueError(
+                f"NAVA's frames are SDR, which {color_space} is not: choose auto or sRGB as color space in Save Video."
+            )
+        container, codec = _container(path, format), _codec(codec)
+        if codec is Codec.AUTO:
+            codec = Codec.H264 if container.value != "webm" else Codec("av1")
+        wanted = {"crf": self.crf if crf is None and codec is Codec.H264 else crf, "preset": preset}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        if (container, codec) != (Container.MP4, Codec.H264):
+            if color_space is not None:
+                wanted["color_space"] = "sRGB"
+            return self._write_by_host(path, format=container, codec=codec, metadata=metadata, **wanted)
         progress = comfy.utils.ProgressBar(self.get_frame_count())
 
         def each_frame(count, total):
@@ -56,12 +99,27 @@ class MuxedVideo(Input.Video):
             progress.update_absolute(count, total)
 
         sound = (None, None) if self.audio is None else (self.audio["waveform"], int(self.audio["sample_rate"]))
-        mux(path, self.frames, *sound, self.rate, crf=self.crf, metadata=metadata, callback=each_frame)
+        transfer = "sRGB" if color_space == "sRGB" else "BT.709"
+        mux(path, self.frames, *sound, self.rate, transfer=transfer, metadata=metadata, callback=each_frame, **wanted)
+
+    def _write_by_host(self, path, **settings) -> None:
+        """MKV, WebM and AV1, which newer hosts write."""
+        audio = self.audio
+        if audio is not None:
+            samples = round(self.get_duration() * int(audio["sample_rate"]))
+            audio = {**audio, "waveform": fit_length(audio["waveform"], samples)}
+        clip = Types.VideoComponents(images=pad_to_even(self.frames), audio=audio, frame_rate=self.rate)
+        with whole_file(path) as temporary:
+            InputImpl.VideoFromComponents(clip).save_to(str(temporary), **settings)
 
     def as_trimmed(self, start_time=None, duration=None, strict_duration=False):
-        first = max(0, round((start_time or 0) * self.rate))
-        count = self.frames.shape[0] - first
-        wanted = round(duration * self.rate) if duration else count
+        """The part from ``start_time`` s, counted from the end where it is negative, to the nearest frame; ``duration``
+        s of it, 0 or None: to the end. None where nothing is left, or with ``strict_duration`` less than asked for."""
+        total = self.frames.shape[0]
+        first = round((start_time or 0) * self.rate)
+        first = max(0, first + total) if first < 0 else first
+        count = total - first
+        wanted = max(1, round(duration * self.rate)) if duration else count
         if count <= 0 or (strict_duration and wanted > count):
             return None
         frames = self.frames[first : first + wanted]
@@ -72,3 +130,24 @@ class MuxedVideo(Input.Video):
             length = round(frames.shape[0] / self.rate * rate)
             audio = {**audio, "waveform": audio["waveform"][..., begin : begin + length]}
         return MuxedVideo(frames, audio, self.rate, self.crf)
+
+
+def _container(path, wanted) -> Container:
+    """The container asked for, or where that is auto the one of the path's ending, else MP4."""
+    try:
+        wanted = Container(wanted)
+    except ValueError:
+        names = ", ".join(Container.as_input())
+        raise ValueError(f"This ComfyUI cannot write {wanted} files: choose one of {names} in Save Video.") from None
+    if wanted is not Container.AUTO:
+        return wanted
+    ending = os.path.splitext(path)[1].lower() if isinstance(path, (str, os.PathLike)) else ""
+    return {f".{each.value}": each for each in Container}.get(ending, Container.MP4)
+
+
+def _codec(wanted) -> Codec:
+    try:
+        return Codec(wanted)
+    except ValueError:
+        names = ", ".join(Codec.as_input())
+        raise ValueError(f"This ComfyUI cannot write {wanted}: choose one of {names} in Save Video.") from None

@@ -338,3 +338,16 @@ def test_equal_frames_give_equal_files(tmp_path):
         mux(tmp_path / "clip.mp4", frames)
         files.add((tmp_path / "clip.mp4").read_bytes())
     assert len(files) == 1
+
+
+def test_the_file_names_the_transfer_curve_and_takes_a_preset(tmp_path):
+    frames = torch.rand(3, 32, 48, 3, generator=torch.Generator().manual_seed(0))
+    sizes = set()
+    for transfer, number, preset in (("BT.709", 1, "medium"), ("sRGB", 13, "ultrafast")):
+        mux(tmp_path / "clip.mp4", frames, transfer=transfer, preset=preset)
+        sizes.add((tmp_path / "clip.mp4").stat().st_size)
+        with av.open(str(tmp_path / "clip.mp4")) as container:
+            assert container.streams.video[0].codec_context.color_trc == number
+    assert len(sizes) == 2
+    with pytest.raises(ValueError, match=r"transfer curve is one of BT\.709, sRGB; got HDR"):
+        mux(tmp_path / "never.mp4", frames, transfer="HDR")
