@@ -563,7 +563,8 @@ SPEAKER_CONFIG = {
 
 
 def _write_speaker_encoder(path: Path, seed: int) -> None:
-    from .timbre.redimnet import ReDimNet, ReDimNetConfig
+    from .timbre.config import ReDimNetConfig
+    from .timbre.redimnet import ReDimNet
 
     initial = ReDimNet(ReDimNetConfig.from_published(SPEAKER_CONFIG)).state_dict()
     learned = {n: tuple(t.shape) for n, t in initial.items() if t.is_floating_point() and not n.startswith("spec.")}

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .kinds import BACKBONES, NOUNS, FileKind, Recognised, recognise
+from .numpy_values import numpy_numbers
 
 MAX_SAFETENSORS_HEADER = 32 * 2**20  # bytes; the released backbone's is about 0.2 MB
 MAX_PICKLE = 64 * 2**20  # bytes of a torch file's structure, tensors not counted
@@ -279,7 +280,8 @@ def load_torch(path: Path, *, map_location: str, zipped: bool) -> Any:
             FileKind.UNSAFE, f"an old torch format, which torch {torch.__version__} cannot read safely"
         )
     try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=zipped)
+        with numpy_numbers(_torch_version()):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise _refused_pickle(error) from error
     except (EOFError, OSError) as error:
@@ -307,8 +309,10 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError) as error:
         raise BrokenFileError(FileKind.TRUNCATED, "the end of its zip archive is not there") from error
+    except Exception as error:  # a version or a name that cannot be; which exception that is differs by Python
+        raise BrokenFileError(FileKind.CORRUPT, "the directory of its zip archive cannot be read") from error
     pickles = [entry for entry in entries if entry.filename.split("/")[-1] == "data.pkl"]
     if not pickles:
         raise BrokenFileError(FileKind.UNKNOWN, "a zip archive without a torch model in it")
@@ -345,7 +349,7 @@ def _torch_metadata(content: Any) -> dict[str, str]:
     for key, value in content.items() if isinstance(content, Mapping) else ():
         if isinstance(key, str) and key not in WRAPPERS and isinstance(value, dict | str):
             try:
-                found[key] = value if isinstance(value, str) else json.dumps(value)
+                found[key] = value if isinstance(value, str) else json.dumps(value, default=str)
             except (TypeError, ValueError, RecursionError):
                 continue
     return found

@@ -38,6 +38,7 @@ class FileKind(str, Enum):
     UNKNOWN = "unknown"
 
 
+SHOWN_NAMES, SHOWN_LENGTH = 3, 80  # of tensors in a sentence
 BACKBONES = frozenset({FileKind.NAVA_BACKBONE, FileKind.NAVA_BACKBONE_FP8})
 
 NOUNS = {
@@ -219,9 +220,15 @@ def _recognise_by_markers(shapes: Mapping[str, tuple[int, ...]]) -> Recognised:
     if marked:
         for_nava = any("double_blocks" in name and "_audio" in name for name in marked)
         return Recognised(FileKind.LORA, detail="for NAVA" if for_nava else "", parts=frozenset({FileKind.LORA}))
-    first = ", ".join(list(shapes)[:3])
+    first = ", ".join(_shown(name) for name in list(shapes)[:SHOWN_NAMES])
     detail = f"{len(shapes)} tensors, the first named {first}" if shapes else "no tensors in it"
     return Recognised(FileKind.UNKNOWN, detail=f"({detail})")
+
+
+def _shown(name: str) -> str:
+    """A name that nobody vouches for, as it can stand in a sentence."""
+    clean = "".join(c if c.isprintable() else "?" for c in name)
+    return clean if len(clean) <= SHOWN_LENGTH else f"{clean[: SHOWN_LENGTH - 3]}..."
 
 
 def _has_scaled_weights(dtypes: Mapping[str, str], prefix: str) -> bool:

@@ -21,6 +21,9 @@ from .source import TensorSource, open_checkpoint
 
 SCALE = "_scale"  # what a float8 weight's name is followed by in the name of its scales
 BLOCK_LINEAR = re.compile(r"(double|single)_blocks\.\d+\.(self_attn|cross_attn|ffn)\..+\.weight")
+READABLE = frozenset(
+    {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
+)
 SHOWN_NAMES = 3
 MAX_TEXT_LEN = 8192  # tokens; a configuration that claims more is refused before memory is taken for them
 
@@ -223,6 +226,13 @@ def _backbone_info(path: str | os.PathLike | FileInfo) -> FileInfo:
     info = path if isinstance(path, FileInfo) else describe_file(path)
     if not info.is_backbone:
         raise WrongFileError(explain_wrong_file(info, FileKind.NAVA_BACKBONE))
+    foreign = {name: t.dtype for name, t in info.model_tensors.items() if t.torch_dtype not in READABLE}
+    if foreign:
+        name, dtype = next(iter(foreign.items()))
+        raise WrongFileError(
+            f"{info.path.name} has {len(foreign)} of {len(info.model_tensors)} tensors in a type that is not read here "
+            f"({name}: {dtype}): get the backbone in fp32, bf16, fp16 or fp8."
+        )
     return info
 
 

@@ -5,7 +5,7 @@ import numbers
 
 import torch
 
-from .mel import SAMPLE_RATE
+from .config import SAMPLE_RATE
 from .redimnet import ReDimNet
 from .resample import resample
 
