@@ -33,6 +33,7 @@ from nava_core.checkpoint import (
     load_backbone,
     open_checkpoint,
 )
+from nava_core.components import load_problem
 from nava_core.convert import convert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -457,6 +458,25 @@ def test_a_backbone_without_a_tensor_its_size_is_read_from(tmp_path, tiny, confi
     path = save_as(tmp_path / "a.safetensors", tensors, config_text, "safetensors")
     with pytest.raises(WrongFileError, match=r"text_embedding\.0\.weight is missing"):
         load_backbone(path)
+
+
+@pytest.mark.parametrize("code", ["I8", "U8", "I32", "F8_E8M0"])
+def test_a_backbone_of_a_type_that_is_not_read(tmp_path, tiny, config_text, code):
+    """Quantised in a way of its own: taken as it is, it would make noise."""
+    entries, end = {"__metadata__": {"config": config_text}}, 0
+    for name, tensor in tiny.items():
+        own = code if name == "single_blocks.0.ffn.0.weight" else "F32"
+        size = tensor.numel() * {"F32": 4, "I32": 4}.get(own, 1)
+        entries[name] = {"dtype": own, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    path = write_header(tmp_path / "a.safetensors", entries, bytes(end))
+    problem = backbone_problem(path)
+    assert "a.safetensors has 1 of " in problem
+    assert problem.endswith("get the backbone in fp32, bf16, fp16 or fp8.")
+    assert load_problem(describe_file(path)) == problem
+    with pytest.raises(WrongFileError) as caught:
+        load_backbone(path)
+    assert str(caught.value) == problem
 
 
 def test_many_missing_tensors_are_counted(tmp_path, tiny, config_text):
