@@ -58,5 +58,4 @@ def dft_filter_bank(config: FrontEndConfig, bands: int) -> torch.Tensor:
     edges = torch.linspace(mel_of_hz(config.f_min), mel_of_hz(config.f_max), bands + 2, dtype=torch.float64)[:, None]
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
     filters = torch.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clamp(min=0)
-    filters[:, 0] = 0  # the constant part is never heard
     return filters.float().unsqueeze(-1)
