@@ -23,22 +23,49 @@ TRAINED_SECONDS = 10.0
 
 MODES = ("video+audio", "audio", "video")
 
-# name: (width, height) in pixels
+# name: (width, height) in pixels; the first ones have the size of the final training, the others less than half of it
 PRESETS: dict[str, tuple[int, int]] = {
     "landscape 1280x704": (1280, 704),
     "portrait 704x1280": (704, 1280),
     "square 960x960": (960, 960),
+    "small landscape 832x480": (832, 480),
+    "small portrait 480x832": (480, 832),
+    "small square 640x640": (640, 640),
+    "small wide 896x448": (896, 448),
+    "small tall 448x896": (448, 896),
 }
 
-# nominal ratio of the short side to the long one: (short, long) in latents
-BUCKETS: dict[float, tuple[int, int]] = {
-    1.0: (60, 60),
-    4 / 5: (54, 66),
-    3 / 4: (52, 68),
-    2 / 3: (46, 74),
-    9 / 16: (44, 80),
-    1 / 2: (42, 84),
-    2 / 5: (38, 96),
+# The makers' sizes for first frames, by scale: the side of the square that has about as many pixels. Each has, by the
+# nominal ratio of the short side to the long one, (short, long) in latents.
+TRAINED_SCALE = 960
+BUCKETS: dict[int, dict[float, tuple[int, int]]] = {
+    960: {
+        1.0: (60, 60),
+        4 / 5: (54, 66),
+        3 / 4: (52, 68),
+        2 / 3: (46, 74),
+        9 / 16: (44, 80),
+        1 / 2: (42, 84),
+        2 / 5: (38, 96),
+    },
+    640: {
+        1.0: (40, 40),
+        4 / 5: (36, 44),
+        3 / 4: (34, 45),
+        2 / 3: (31, 49),
+        9 / 16: (30, 52),
+        1 / 2: (28, 56),
+        2 / 5: (25, 64),
+    },
+    512: {
+        1.0: (32, 32),
+        4 / 5: (28, 35),
+        3 / 4: (27, 36),
+        2 / 3: (25, 39),
+        9 / 16: (24, 42),
+        1 / 2: (22, 45),
+        2 / 5: (20, 51),
+    },
 }
 
 
@@ -192,20 +219,28 @@ def round_size(width: float, height: float, multiple: int = PIXELS_PER_LATENT) -
     return _round_to(width, multiple), _round_to(height, multiple)
 
 
-def choose_bucket(width: int, height: int) -> tuple[int, int]:
+def choose_bucket(width: int, height: int, scale: int = TRAINED_SCALE) -> tuple[int, int]:
     """The clip size (width, height) in pixels for a first frame of ``width`` x ``height``, of its orientation.
 
-    The bucket whose nominal ratio is nearest to the picture's; raises ValueError for an empty picture.
+    The bucket of ``scale`` (960, 640 or 512) whose nominal ratio is nearest to the picture's; raises ValueError for an
+    empty picture and another scale.
     """
+    check_scale(scale)
     if width < 1 or height < 1:
         raise ValueError(f"A first frame needs a width and a height; got {width}x{height}.")
     ratio = min(width, height) / max(width, height)
-    short, long = (PIXELS_PER_LATENT * side for side in BUCKETS[_nearest_ratio(ratio)])
+    short, long = (PIXELS_PER_LATENT * side for side in BUCKETS[scale][_nearest_ratio(ratio)])
     return (long, short) if width >= height else (short, long)
 
 
+def check_scale(scale: int) -> None:
+    """Raises ValueError for a scale that there are no buckets of."""
+    if scale not in BUCKETS:
+        raise ValueError(f"First frames come at the scales {', '.join(map(str, BUCKETS))}; got {scale}.")
+
+
 def _nearest_ratio(ratio: float) -> float:
-    return min(BUCKETS, key=lambda nominal: abs(nominal - ratio))
+    return min(BUCKETS[TRAINED_SCALE], key=lambda nominal: abs(nominal - ratio))
 
 
 def cover_crop(

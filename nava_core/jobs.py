@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .geometry import FPS, MODES, PRESETS, ClipGeometry
+from .geometry import FPS, MODES, PRESETS, TRAINED_SCALE, ClipGeometry, check_scale
 from .prompt import BUILT_IN, bind_voices, negative_text, parse_spans
 from .sampling import Guidance, find_preset
 
@@ -36,7 +36,8 @@ class LineError(ValueError):
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a line that says nothing about it gets. ``size`` None: the first frame's bucket, or 1280x704.
+    """What a line that says nothing about it gets. ``size`` None: the first frame's bucket of ``image_scale``,
+    or 1280x704.
 
     ``negative``: a text, "default" for the built-in terms that suit the clip's mode, or "zero" for the trained null.
     ``scales`` are the fields of ``Guidance`` that differ from what the pipeline would choose itself. ``gen_turn``: how
@@ -53,8 +54,10 @@ class Defaults:
     scales: Mapping[str, Any] = field(default_factory=dict)
     gen_turn: int = 1
     preset: str | None = None
+    image_scale: int = TRAINED_SCALE
 
     def __post_init__(self) -> None:
+        check_scale(self.image_scale)
         _check_seconds(self.seconds)
         if not MIN_SHIFT <= self.shift <= MAX_SHIFT:
             raise LineError(f"The shift must be from {MIN_SHIFT:g} to {MAX_SHIFT:g}; got {self.shift:g}.")
@@ -82,6 +85,7 @@ class Job:
     voices: tuple[Path, ...]
     assignment: tuple[int | None, ...] | None
     preset: str | None = None
+    image_scale: int = TRAINED_SCALE
     name: str = ""
     warnings: tuple[str, ...] = ()
     takes: int = 1
@@ -128,6 +132,7 @@ class Job:
             "mode": self.mode,
             "image": self.image,
             "size_from_image": self.size_from_image,
+            "image_scale": self.image_scale,
             "voices": self.voices,
             "assignment": self.assignment,
             "negative": self.negative,
@@ -149,6 +154,8 @@ class Job:
         facts["voices"] = [file_digest(voice) for voice in self.voices]
         if self.mode == "audio" or self.size_from_image:
             del facts["width"], facts["height"]
+        if not self.size_from_image or self.image_scale == TRAINED_SCALE:
+            del facts["image_scale"]
         for unused in ("preset",) if self.preset is None else ("steps", "shift"):
             del facts[unused]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -187,6 +194,7 @@ def make_job(
     negative: str | None = None,
     takes: int | None = None,
     preset: str | None = None,
+    image_scale: int | None = None,
     name: str = "",
     warnings: Sequence[str] = (),
 ) -> Job:
@@ -222,6 +230,7 @@ def make_job(
         voices=given,
         assignment=assignment,
         preset=_or(preset, defaults.preset),
+        image_scale=_or(image_scale, defaults.image_scale),
         name=name,
         warnings=tuple(warnings),
         takes=_or(takes, defaults.gen_turn),

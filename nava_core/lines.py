@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .geometry import MODES
+from .geometry import MODES, check_scale
 from .jobs import (
     MAX_SECONDS,
     MAX_SEED,
@@ -44,6 +44,7 @@ KEYS = (
     "negative",
     "steps",
     "preset",
+    "image_scale",
     "gen_turn",
     "id",
     "name",
@@ -98,6 +99,7 @@ def parse_line(raw: bytes, folder: Path, defaults: Defaults, suffix: str = ".jso
         steps=read("steps", _steps),
         negative=read("negative", _text),
         preset=read("preset", _preset),
+        image_scale=read("image_scale", _scale),
         takes=read("gen_turn", _takes),
         name=name or other or "",
         warnings=warnings,
@@ -225,6 +227,12 @@ def _preset(value: Any) -> str:
     except ValueError as error:
         raise LineError(str(error)) from None
     return name
+
+
+def _scale(value: Any) -> int:
+    scale = _whole(value)
+    check_scale(scale)
+    return scale
 
 
 def _takes(value: Any) -> int:

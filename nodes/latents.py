@@ -51,8 +51,13 @@ class NavaEmptyLatent(io.ComfyNode):
         return io.NodeOutput(empty_latent(ClipGeometry(seconds, *size, MODES[mode]), batch_size))
 
 
-BUCKET = "nearest bucket to the picture"
 OWN_SIZE = "the latent's own"
+SCALES = {  # of the buckets for a first frame
+    "nearest bucket to the picture": 960,
+    "nearest bucket of scale 640": 640,
+    "nearest bucket of scale 512": 512,
+    OWN_SIZE: None,
+}
 
 
 class NavaFirstFrame(io.ComfyNode):
@@ -70,10 +75,10 @@ class NavaFirstFrame(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The Wan2.2 video VAE."),
                 io.Combo.Input(
                     "size",
-                    options=[BUCKET, OWN_SIZE],
-                    default=BUCKET,
+                    options=list(SCALES),
+                    default=next(iter(SCALES)),
                     tooltip="Let the clip take the trained size nearest to the picture's proportions (about 960x960 "
-                    "pixels in all), or crop the picture to the latent's size.",
+                    "pixels in all, or the smaller 640x640 or 512x512), or crop the picture to the latent's size.",
                 ),
             ],
             outputs=[
@@ -85,7 +90,7 @@ class NavaFirstFrame(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, image, vae, size) -> io.NodeOutput:
-        return io.NodeOutput(*set_first_frame(latent, image, vae, size == BUCKET))
+        return io.NodeOutput(*set_first_frame(latent, image, vae, SCALES[size]))
 
 
 LATENT_NODES = [NavaEmptyLatent, NavaFirstFrame]

@@ -32,6 +32,7 @@ DESCRIPTION = """A clip for every line of FILE, the models being loaded once. A 
   image_path                  the first frame
   spk_wavs                    list of reference voices: one for all spans, or one a span, null (or "None") for none
   seconds, width, height      as --seconds and --size
+  image_scale                 as --image-scale
   seed, steps, negative       as the options of those names (negative: a text, "default" or "zero")
   gen_turn                    as --gen-turn
   preset                      as --preset
@@ -52,7 +53,7 @@ FOLDER gets the clips, report.jsonl (every line's fate as it happens) and summar
 EXAMPLES = """examples:
   nava batch clips.jsonl --out clips --models models
   nava batch clips.jsonl --check                      only say which lines cannot be used
-  nava batch clips.jsonl --out drafts --models models --steps 20 --size 640x352
+  nava batch clips.jsonl --out drafts --models models --steps 20 --size small
 
   {"id": "harbour", "prompt": "A harbour at dawn, gulls cry.", "seconds": 6, "seed": 7}
   {"prompt": "She says <S>Come in!<E>", "image_path": "her.png", "spk_wavs": ["her.wav"]}"""

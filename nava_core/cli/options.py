@@ -19,7 +19,16 @@ MODEL_ROLES = {
     "tokenizer": "tokenizer folder, where the text encoder's file has none in it",
 }
 NEEDED_ROLES = ("backbone", "text_encoder", "video_vae", "audio_vae")
-SIZES = {"landscape": (1280, 704), "portrait": (704, 1280), "square": (960, 960)}
+SIZES = {
+    "landscape": (1280, 704),
+    "portrait": (704, 1280),
+    "square": (960, 960),
+    "small": (832, 480),
+    "small-portrait": (480, 832),
+    "small-square": (640, 640),
+    "small-wide": (896, 448),
+    "small-tall": (448, 896),
+}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn"}
 SCALES = {
     "video_text": "how closely the picture follows the prompt (3)",
@@ -186,8 +195,16 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=size,
         metavar="WxH",
-        help=f"WIDTHxHEIGHT in multiples of 16, or {', '.join(SIZES)} (default: landscape, 1280x704; "
-        "with a first frame the trained size nearest to its proportions)",
+        help="WIDTHxHEIGHT in multiples of 16, or one of "
+        + ", ".join(f"{name} {width}x{height}" for name, (width, height) in SIZES.items())
+        + " (default: landscape; with a first frame the trained size nearest to its proportions)",
+    )
+    group.add_argument(
+        "--image-scale",
+        type=int,
+        choices=[960, 640, 512],
+        default=960,
+        help="how large that size is, in the side of a square of as many pixels (default: 960, the trained scale)",
     )
     mode = group.add_mutually_exclusive_group()
     mode.add_argument("--mode", choices=["video+audio", "audio", "video"], help="what the clip has (video+audio)")
@@ -230,7 +247,16 @@ def defaults_of(args: argparse.Namespace) -> Any:
         if args.size is not None:
             ClipGeometry(args.seconds, *args.size)
         return Defaults(
-            args.seconds, args.size, mode, args.seed, args.steps, args.shift, args.negative, scales, preset=args.preset
+            args.seconds,
+            args.size,
+            mode,
+            args.seed,
+            args.steps,
+            args.shift,
+            args.negative,
+            scales,
+            preset=args.preset,
+            image_scale=args.image_scale,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..components import check_packages, load_tokenizer
+from ..geometry import TRAINED_SCALE
 from ..prompt import negative_text, timbre_inputs
 from ..sampling import FlowUniPC, Guidance, Interrupted, find_preset, flow_sigmas
 from . import stages
@@ -74,6 +75,7 @@ class NavaPipeline:
         mode: str = "video+audio",
         image: torch.Tensor | str | os.PathLike | None = None,
         size_from_image: bool = True,
+        image_scale: int = TRAINED_SCALE,
         voices: Sequence[Voice] = (),
         assignment: Sequence[int | None] | None = None,
         negative: str | None = None,
@@ -91,9 +93,10 @@ class NavaPipeline:
         ``negative``: what to stay away from; None for the built-in Chinese terms that suit ``mode``, "zero" for the
         null. ``seconds``, ``width``, ``height`` and ``mode`` as :class:`ClipGeometry` takes them. ``image``, (H, W, 3)
         in 0..1 or a file, becomes the first frame: scaled to cover the clip and centre-cropped, the clip taking the
-        trained size nearest to its proportions unless ``size_from_image`` is off. ``voices``: recordings (a file, or
-        waveform and sample rate) or (1, 192) embeddings, bound to the spans by order, or as ``assignment`` says, with
-        a voice's number, or None for the null voice, for each span. ``guidance`` None: the makers' scales, which are
+        trained size nearest to its proportions unless ``size_from_image`` is off, at ``image_scale`` 960 or the smaller
+        640 and 512 (the side of a square of as many pixels). ``voices``: recordings (a file, or waveform and sample
+        rate) or (1, 192) embeddings, bound to the spans by order, or as ``assignment`` says, with a voice's number, or
+        None for the null voice, for each span. ``guidance`` None: the makers' scales, which are
         lower for picture text and timbre where there are both an image and a voice. ``preset`` "distilled" is for
         few-step checkpoints: four Euler steps on the conditional prediction alone, in place of ``steps``, ``shift``,
         the solver and the makers' scales.
@@ -106,7 +109,7 @@ class NavaPipeline:
         """
         stop, parts = should_stop or _never, self.components
         picture = None if image is None else read_picture(image)
-        geometry = clip_geometry(seconds, width, height, mode, picture, size_from_image)
+        geometry = clip_geometry(seconds, width, height, mode, picture, size_from_image, image_scale)
         run = None if preset is None else find_preset(preset)
         sigmas = flow_sigmas(steps, shift) if run is None else run.sigmas()
         stages.check_speaker_encoder(parts.files.speaker_encoder, voices)

@@ -14,6 +14,7 @@ from ..components.weights import need
 from ..geometry import (
     AUDIO_BINS,
     AUDIO_CHANNELS,
+    TRAINED_SCALE,
     VIDEO_CHANNELS,
     ClipGeometry,
     audio_latent_to_tokens,
@@ -41,18 +42,25 @@ def default_guidance(has_image: bool, has_voice: bool) -> Guidance:
 
 
 def clip_geometry(
-    seconds: float, width: int, height: int, mode: str, picture: torch.Tensor | None, size_from_image: bool
+    seconds: float,
+    width: int,
+    height: int,
+    mode: str,
+    picture: torch.Tensor | None,
+    size_from_image: bool,
+    image_scale: int = TRAINED_SCALE,
 ) -> ClipGeometry:
     """The clip's geometry, for a first frame (H, W, 3) in the bucket nearest to its proportions if so wished.
 
-    Raises ValueError as :class:`ClipGeometry` does, and for a first frame of a clip without picture.
+    Raises ValueError as :class:`ClipGeometry` does, for an ``image_scale`` that there are no buckets of, and for a
+    first frame of a clip without picture.
     """
     if picture is None:
         return ClipGeometry(seconds, width, height, mode)
     if mode == "audio":
         raise ValueError("A first frame was given for a clip of sound alone: leave it out, or choose another mode.")
     if size_from_image:
-        width, height = choose_bucket(picture.shape[1], picture.shape[0])
+        width, height = choose_bucket(picture.shape[1], picture.shape[0], image_scale)
     return ClipGeometry(seconds, width, height, mode)
 
 

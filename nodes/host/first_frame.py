@@ -11,11 +11,11 @@ from .latents import is_nested, video_part
 from .video_vae import encode_video
 
 
-def set_first_frame(latent: dict, image: torch.Tensor, vae, use_bucket: bool) -> tuple[dict, torch.Tensor, str]:
+def set_first_frame(latent: dict, image: torch.Tensor, vae, scale: int | None) -> tuple[dict, torch.Tensor, str]:
     """(LATENT with frame 0 given, the picture as it was used (1, H, W, 3), a sentence on scale and crop).
 
-    ``image``: IMAGE (1 or batch, H, W, C). ``use_bucket`` gives the clip the size of the bucket nearest to the
-    picture's proportions instead of the latent's own; its latent must then be empty. Raises ValueError for an
+    ``image``: IMAGE (1 or batch, H, W, C). ``scale`` gives the clip the size of that scale's bucket nearest to the
+    picture's proportions instead of the latent's own (None); its latent must then be empty. Raises ValueError for an
     audio-only latent, several pictures for fewer clips, and a latent that would lose given parts. Run on 0.18.1.
     """
     video = video_part(latent)
@@ -24,8 +24,8 @@ def set_first_frame(latent: dict, image: torch.Tensor, vae, use_bucket: bool) ->
             f"{image.shape[0]} pictures were given for {video.shape[0]} clip(s): give one, or one for each clip."
         )
     height, width = image.shape[1:3]
-    if use_bucket:
-        video = _resized(latent, video, choose_bucket(width, height))
+    if scale is not None:
+        video = _resized(latent, video, choose_bucket(width, height, scale))
     size = (video.shape[4] * PIXELS_PER_LATENT, video.shape[3] * PIXELS_PER_LATENT)
     scaled, box = cover_crop(width, height, *size)
     fitted = _fit(image, scaled, box)

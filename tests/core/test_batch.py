@@ -99,6 +99,21 @@ def test_what_a_line_leaves_out_comes_from_the_defaults(tmp_path):
     )
 
 
+def test_the_scale_of_a_first_frame_is_part_of_the_content_where_it_decides(tmp_path):
+    (tmp_path / "a.png").touch()
+    keys = {
+        scale: parse(tmp_path, prompt="A bell.", image_path="a.png", image_scale=scale).key() for scale in (960, 640)
+    }
+    assert keys[960] == parse(tmp_path, prompt="A bell.", image_path="a.png").key()
+    assert keys[640] != keys[960]
+    sized = {"prompt": "A bell.", "image_path": "a.png", "width": 320, "height": 192}
+    assert parse(tmp_path, **sized, image_scale=640).key() == parse(tmp_path, **sized).key()
+    job = parse_line(b'{"prompt": "A bell."}', tmp_path, Defaults(image_scale=512))
+    assert job.request()["image_scale"] == 512
+    with pytest.raises(ValueError, match="scales 960, 640, 512; got 700"):
+        parse(tmp_path, prompt="A bell.", image_scale=700)
+
+
 def test_a_preset_brings_its_own_guidance_and_is_part_of_the_content(tmp_path):
     plain = parse(tmp_path, prompt="A bell.")
     preset = parse(tmp_path, prompt="A bell.", preset="distilled")

@@ -167,6 +167,19 @@ def test_generate_with_a_preset(nava, models):
     assert nava("generate", "a", "--models", models, "--preset", "fast")[0] == 2
 
 
+def test_generate_at_a_smaller_scale(nava, models, tmp_path):
+    from nava_core.cli.options import SIZES
+    from nava_core.geometry import PRESETS
+
+    assert list(SIZES.values()) == list(PRESETS.values())
+    (tmp_path / "a.png").touch()
+    assert nava("generate", "a", "--models", models, "--size", "small-wide")[0] == 0
+    assert nava("generate", "a", "--models", models, "--image", "a.png", "--image-scale", "640")[0] == 0
+    assert nava("generate", "a", "--models", models, "--image", "a.png", "--image-scale", "700")[0] == 2
+    request = nava.pipeline.requests[-1]
+    assert (request["size_from_image"], request["image_scale"]) == (True, 640)
+
+
 def test_generate_by_default(nava, models, tmp_path):
     (tmp_path / "a.png").touch()
     assert nava("generate", "a", "--models", models, "--image", "a.png")[0] == 0

@@ -92,10 +92,11 @@ def test_conversions_undo_each_other(latents):
     assert latents_of_seconds(seconds_of_latents(latents)) == latents
 
 
-@pytest.mark.parametrize("size", PRESETS.values(), ids=list(PRESETS))
-def test_presets_need_no_padding(size):
+@pytest.mark.parametrize(("name", "size"), PRESETS.items(), ids=list(PRESETS))
+def test_presets_need_no_padding_and_are_buckets(name, size):
     assert ClipGeometry(1, *size).warnings == []
-    assert choose_bucket(*size) == size
+    assert choose_bucket(*size, 640 if name.startswith("small") else 960) == size
+    assert name.endswith(f" {size[0]}x{size[1]}")
 
 
 # midpoints between the nominal ratios: 0.9, 0.775, 0.7083, 0.6146, 0.53125, 0.45
@@ -120,10 +121,26 @@ def test_presets_need_no_padding(size):
     ],
 )
 def test_buckets(ratio, short, long):
-    assert (short, long) in BUCKETS.values()
+    assert (short, long) in BUCKETS[960].values()
     side = round(10_000 * ratio)
     assert choose_bucket(side, 10_000) == (16 * short, 16 * long)
     assert choose_bucket(10_000, side) == (16 * long, 16 * short)
+
+
+@pytest.mark.parametrize(
+    ("scale", "sides"),
+    [
+        (640, [(640, 640), (576, 704), (544, 720), (496, 784), (480, 832), (448, 896), (400, 1024)]),
+        (512, [(512, 512), (448, 560), (432, 576), (400, 624), (384, 672), (352, 720), (320, 816)]),
+    ],
+)
+def test_smaller_buckets(scale, sides):
+    """At every nominal ratio; the ratio that a bucket is chosen by is that of the large scale."""
+    for nominal, (short, long) in zip((1, 4 / 5, 3 / 4, 2 / 3, 9 / 16, 1 / 2, 2 / 5), sides, strict=True):
+        assert choose_bucket(10_000, round(10_000 * nominal), scale) == (long, short)
+        assert choose_bucket(round(10_000 * nominal), 10_000, scale) == (short, long)
+    with pytest.raises(ValueError, match="scales 960, 640, 512; got 700"):
+        choose_bucket(640, 640, 700)
 
 
 def test_cover_crop():

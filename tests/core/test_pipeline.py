@@ -232,6 +232,7 @@ def test_guidance_is_the_makers_unless_given():
 
 def test_the_clip_takes_the_bucket_of_its_picture_unless_told_otherwise(picture):
     assert clip_geometry(1, 64, 32, "video", picture, True) == ClipGeometry(1, 1088, 832, "video")
+    assert clip_geometry(1, 64, 32, "video", picture, True, 640) == ClipGeometry(1, 720, 544, "video")
     assert clip_geometry(1, 64, 32, "video", picture, False) == ClipGeometry(1, 64, 32, "video")
     with pytest.raises(ValueError, match="A first frame was given for a clip of sound alone"):
         clip_geometry(1, 64, 32, "audio", picture, True)

@@ -36,6 +36,17 @@ def test_library_example(tmp_path):
         assert clip.streams.audio[0].codec_context.name == "aac"
 
 
+def test_activations():
+    from nava_core.backbone import BackboneConfig, activation_bytes
+    from nava_core.geometry import ClipGeometry
+
+    said = re.search(r"\| Backbone activations, .*", README).group()
+    for seconds, size in ((6, (1280, 704)), (10, (1280, 704)), (6, (832, 480))):
+        counted = activation_bytes(BackboneConfig(), 1, ClipGeometry(seconds, *size).tokens, 2) / 1e9
+        assert f"{counted:.1f} GB" in said
+    assert "832x480 for 6 s" in said
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
 def test_links_lead_somewhere(target):
     assert (ROOT / target).exists()

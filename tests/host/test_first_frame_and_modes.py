@@ -63,13 +63,20 @@ def test_frame_0_is_the_vaes_round_trip_of_the_picture(comfy, photo):
     assert report == "512x512 scaled to 96x96 (0.19x), cropped by 32 px of height: the clip is 96x64."
 
 
-@pytest.mark.parametrize(("width", "height", "clip"), [(512, 512, (960, 960)), (300, 512, (704, 1280))])
-def test_bucket_gives_the_clip_the_pictures_proportions(comfy, photo, width, height, clip):
+@pytest.mark.parametrize(
+    ("width", "height", "bucket", "clip"),
+    [
+        (512, 512, BUCKET, (960, 960)),
+        (300, 512, "nearest bucket of scale 640", (480, 832)),
+        (512, 300, "nearest bucket of scale 512", (672, 384)),
+    ],
+)
+def test_bucket_gives_the_clip_the_pictures_proportions(comfy, photo, width, height, bucket, clip):
     graph = Graph()
     image = graph.add("ImageScale", image=graph.add("LoadImage", image=photo), upscale_method="area",
                       width=width, height=height, crop="disabled")  # fmt: skip
     given = graph.add(
-        "NavaFirstFrame", latent=graph.latent(seconds=0.5), image=image, vae=graph.video_vae(comfy.names), size=BUCKET
+        "NavaFirstFrame", latent=graph.latent(seconds=0.5), image=image, vae=graph.video_vae(comfy.names), size=bucket
     )
     graph.save_latents(given, "bucket")
     graph.add("SaveImage", images=graph.of(given, 1), filename_prefix="bucket_fitted")
