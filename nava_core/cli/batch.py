@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from .options import (
     model_files,
     model_names,
     pipeline_opener,
+    portable_opener,
     whole_number,
     writable_folder,
 )
 from .progress import Progress, format_duration
 
 SHOWN_PROBLEMS = 10
+WORKER_DEVICES = {"auto": (None, None), "cuda": (1, "cuda"), "cpu": (0, "cpu")}  # GPUs of a worker, and its device
 
 DESCRIPTION = """A clip for every line of FILE, the models being loaded once. A line is a JSON object:
 
@@ -54,6 +58,8 @@ EXAMPLES = """examples:
   nava batch clips.jsonl --out clips --models models
   nava batch clips.jsonl --check                      only say which lines cannot be used
   nava batch clips.jsonl --out drafts --models models --steps 20 --size small
+  nava batch clips.jsonl --out clips --models models --workers 4            on four GPUs of this machine
+  nava batch clips.jsonl --out clips --models models --cluster 10.0.0.1:6379    on all GPUs of a Ray cluster
 
   {"id": "harbour", "prompt": "A harbour at dawn, gulls cry.", "seconds": 6, "seed": 7}
   {"prompt": "She says <S>Come in!<E>", "image_path": "her.png", "spk_wavs": ["her.wav"]}"""
@@ -76,6 +82,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="takes of every line: ID-0, ID-1 ..., with the line's seed, the next one ... (1)",
     )
     parser.add_argument("--remake", action="store_true", help="make all clips, finished ones too")
+    workers = parser.add_argument_group("several GPUs or machines (needs the package ray)")
+    workers.add_argument(
+        "--workers",
+        type=whole_number(1, 4096),
+        metavar="N",
+        help="make N clips at a time: a GPU each, or with --device cpu a process each",
+    )
+    workers.add_argument(
+        "--cluster",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT",
+        help="of a Ray cluster that this machine is a node of (default: NAVA_RAY_ADDRESS or RAY_ADDRESS); without "
+        "--workers on all its GPUs. Every machine needs this pack, and the models under the same path",
+    )
     add_clip_options(parser)
     add_model_options(parser)
 
@@ -100,18 +121,19 @@ def run(args: argparse.Namespace) -> int:
         return 1 if check.problems else 0
     folder = writable_folder(args.out)
     files = None if len(check.problems) == check.lines else model_files(args)
-    watcher = _Watcher(progress)
+    makers = _makers(args, files, progress)
+    watcher = _Watcher(progress, several="make_runner" in makers)
     result = None
     try:
         result = run_batch(
             args.file,
             folder,
-            pipeline_opener(args, files, progress.status, keep_loaded=_keep_loaded(args, files)),
-            defaults,
+            defaults=defaults,
             models=model_names(files) if files else None,
             remake=args.remake,
             watcher=watcher,
             debug=args.debug,
+            **makers,
         )
     finally:
         progress.end()
@@ -131,8 +153,34 @@ def _show_problems(check: Any, progress: Progress, most: int) -> None:
         progress.say(f"  and {len(check.problems) - most} more, see the report")
 
 
-def _keep_loaded(args: argparse.Namespace, files: Any) -> bool:
-    """As asked for; else whether all models take no more than half of the memory that is free."""
+def _makers(args: argparse.Namespace, files: Any, progress: Progress) -> dict[str, Any]:
+    """What makes the clips, as ``run_batch`` takes it: this process, or workers. Raises UsageError."""
+    if args.workers is None and args.cluster is None:
+        keep_loaded = _keep_loaded(args, files)
+        return {"open_pipeline": pipeline_opener(args, files, progress.status, keep_loaded=keep_loaded)}
+    from ..parallel.batch import WorkersRunner
+    from ..parallel.cluster import configured_address
+
+    address = None if args.cluster is None else args.cluster or configured_address()
+    if args.cluster is not None and not address:
+        raise UsageError("--cluster: give the address, HOST:PORT, or set NAVA_RAY_ADDRESS.")
+    if args.device not in WORKER_DEVICES:
+        raise UsageError(
+            f"--device {args.device}: workers take a GPU each, so say auto, cuda or cpu, and which GPUs by "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    gpus, device = WORKER_DEVICES[args.device]
+    paths = {role: getattr(files, role, None) for role in MODEL_ROLES}
+    paths = {role: Path(os.path.abspath(path)) for role, path in paths.items() if path is not None}
+    if files is not None:
+        files = replace(files, **paths)
+    opener = portable_opener(args, files, device, keep_loaded=_keep_loaded(args, files, args.workers or 1))
+    runner = partial(WorkersRunner, count=args.workers, address=address, gpus=gpus, models=tuple(paths.values()))
+    return {"open_pipeline": opener, "make_runner": runner}
+
+
+def _keep_loaded(args: argparse.Namespace, files: Any, processes: int = 1) -> bool:
+    """As asked for; else whether all models, in every process, take no more than half of the memory that is free."""
     if args.keep_loaded is not None or files is None:
         return bool(args.keep_loaded)
     try:
@@ -141,37 +189,58 @@ def _keep_loaded(args: argparse.Namespace, files: Any) -> bool:
     except (OSError, StopIteration, ValueError):
         return False
     paths = [getattr(files, role) for role in MODEL_ROLES if role != "tokenizer"]
-    return sum(path.stat().st_size for path in paths if path is not None) <= free / 2
+    return sum(path.stat().st_size for path in paths if path is not None) * processes <= free / 2
 
 
 class _Watcher:
     """Shows a batch on the terminal; has the methods of the core's Watcher."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, progress: Progress, *, several: bool = False) -> None:
+        self.progress, self.several = progress, several
         self.start = time.monotonic()
         self.counts: dict[str, int] = {}
-        self.making = 0.0  # seconds
+        self.first: float | None = None  # when the first clip was begun
+        self.total = 0
+        self.at_work: set[tuple[int, int | None]] = set()  # line and take
 
     def clip(self, line: int, done: int, total: int, job: Any) -> None:
-        label = f"Line {line} ({done + 1} of {total}"
-        if self.counts.get("made"):
-            each = self.making / self.counts["made"]
-            label += f", about {format_duration(each * (total - done))} in all"
-        self.progress.begin(f"{label})")
+        self.first = self.first or time.monotonic()
+        self.total = total
+        self.at_work.add((line, job.take))
+        if self.several:
+            self._show_all()
+        else:
+            self.progress.begin(f"Line {line} ({done + 1} of {total}{self._pace(total - done)})")
+
+    def _show_all(self) -> None:
+        """Of several clips at a time: how far the whole is."""
+        done = sum(self.counts.values())
+        pace = self._pace(self.total - done)
+        self.progress.status(f"{done} of {self.total} done, {len(self.at_work)} at work{pace}")
+
+    def _pace(self, left: int) -> str:
+        """Throughput and the time left, once a clip is made; lines that need no clip only shorten it."""
+        made = self.counts.get("made", 0)
+        if not made:
+            return ""
+        each = (time.monotonic() - self.first) / made
+        rate = f"{60 / each:.1f} clips a minute" if each < 60 else f"{3600 / each:.1f} clips an hour"
+        return f", {rate}, about {format_duration(each * left)} left"
 
     def step(self, step: int, steps: int, *rest: Any) -> None:
         self.progress.step(step, steps, *rest)
 
     def outcome(self, outcome: Any) -> None:
         self.counts[outcome.status] = self.counts.get(outcome.status, 0) + 1
+        self.at_work.discard((outcome.line, outcome.take))
         for warning in outcome.warnings if outcome.status in ("made", "failed") else ():
             self.progress.say(f"{_place(outcome)}: note: {warning}")
         if outcome.status == "made":
-            self.making += outcome.seconds
             self.progress.say(f"{_place(outcome)}: {outcome.file} in {format_duration(outcome.seconds)}")
         elif outcome.status == "failed":
             self.progress.say(f"{_place(outcome)}: failed: {outcome.error}")
+        if self.several and self.total:
+            self._show_all()
 
     def note(self, text: str) -> None:
         self.progress.say(text.rstrip())

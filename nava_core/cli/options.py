@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,6 +168,16 @@ def pipeline_opener(
     opener = args.open_pipeline or NavaPipeline.from_files
     device, dtype = device_of(args), dtype_of(args)
     return lambda: opener(files, device=device, dtype=dtype, say=say, keep_loaded=keep_loaded)
+
+
+def portable_opener(
+    args: argparse.Namespace, files: Any, device: str | None, *, keep_loaded: bool = False
+) -> Callable[[], Callable[..., Any]]:
+    """As ``pipeline_opener``, to be called in another process: ``device`` (None: what is there) is sought there."""
+    from ..pipeline import NavaPipeline
+
+    opener = args.open_pipeline or NavaPipeline.from_files
+    return partial(opener, files, device=device, dtype=dtype_of(args), keep_loaded=keep_loaded)
 
 
 def device_of(args: argparse.Namespace) -> Any:

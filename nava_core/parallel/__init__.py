@@ -1,0 +1,1 @@
+"""One clip over several GPUs or machines, and many clips at once."""
