@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .layers import CrossAttention, FeedForward, Modulation, SelfAttention, add_gated_, grouped, modulate_
+from .layers import CrossAttention, FeedForward, Modulation, SelfAttention, add_gated_, grouped, modulate_, per_stretch
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PassState:
     stretches: tuple[Stretch, ...]  # video, audio: those that are present
     suffixes: tuple[str, ...]  # "" for video, "_audio" for audio, in the same order
     vectors: Tensor  # (n, 6, dim) of the n distinct timesteps
-    table: Tensor  # rotary table (L, head_dim / 2)
+    table: Tensor  # rotary table (L, head_dim / 2, 2)
     context: Tensor  # (B, text_len, dim)
     cross_modal: bool
     attention: object
@@ -73,22 +73,17 @@ class Block(nn.Module):
         vectors = self._vectors(tokens, state)
         split, attention, options = state.split, state.attention, state.options
 
-        h = self.norm1(tokens)
-        for part, (shift, scale, *_) in vectors:
-            modulate_(h[:, part], shift, scale)
+        def pick(*indices: int) -> list[tuple]:
+            return [(part, [of_part[index] for index in indices]) for part, of_part in vectors]
+
+        h = per_stretch(self.norm1(tokens), modulate_, pick(0, 1))
         h = self.self_attn(h, split, state.table, state.cross_modal, attention, options)
-        for part, (_, _, gate, *_) in vectors:
-            add_gated_(tokens[:, part], h[:, part], gate)
+        tokens = per_stretch(tokens, add_gated_, pick(2), h)
 
         tokens += self.cross_attn(self.norm3(tokens), split, state.context, attention, options)
 
-        h = self.norm2(tokens)
-        for part, (_, _, _, shift, scale, _) in vectors:
-            modulate_(h[:, part], shift, scale)
-        h = self.ffn(h)
-        for part, (*_, gate) in vectors:
-            add_gated_(tokens[:, part], h[:, part], gate)
-        return tokens
+        h = per_stretch(self.norm2(tokens), modulate_, pick(3, 4))
+        return per_stretch(tokens, add_gated_, pick(5), self.ffn(h))
 
 
 class AlignmentBlock(Block):

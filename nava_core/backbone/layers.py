@@ -52,7 +52,7 @@ def default_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: obje
 
 
 def rotary_table(head_dim: int, video_grid: tuple[int, int, int], audio_steps: int, audio_start: float = 0.0) -> Tensor:
-    """Unit complex rotations (video tokens + audio steps, head_dim / 2), complex64, on the CPU.
+    """Cosine and sine of each pair's rotation (video tokens + audio steps, head_dim / 2, 2), fp32, on the CPU.
 
     Video: 3D rotary on (frame, row, column). Audio: the temporal part only, its frequencies scaled by 0.24, the rest
     of the head left as it is. ``audio_start``: where its first step lies, in video frames. Computed in float64.
@@ -75,13 +75,17 @@ def rotary_table(head_dim: int, video_grid: tuple[int, int, int], audio_steps: i
     ).flatten(0, 2)
     audio = F.pad(angles(audio_steps, temporal, AUDIO_TIME_SCALE, audio_start), (0, spatial))
     angle = torch.cat([video, audio])
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
 
 
 def rotated(x: Tensor, table: Tensor, heads: int) -> Tensor:
-    """``x`` (B, L, heads * head_dim) rotated by ``table`` (L, head_dim / 2), in fp32; returns fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (heads, -1, 2)))
-    return torch.view_as_real(pairs * table[:, None]).flatten(2)
+    """``x`` (B, L, heads * head_dim) rotated by ``table`` (L, head_dim / 2, 2), in fp32; returns fp32."""
+    pairs = x.float().unflatten(-1, (heads, -1, 2))
+    if torch.compiler.is_compiling():  # it fuses real arithmetic, and has no complex
+        (cos, sin), (a, b) = table[:, None].unbind(-1), pairs.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(2)
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(table)[:, None]
+    return torch.view_as_real(turned).flatten(2)
 
 
 # ---------------------------------------------------------------- timesteps and modulation
@@ -117,16 +121,30 @@ def grouped(vectors: Tensor, group: Tensor, like: Tensor) -> Tensor:
     return vectors.to(like.dtype)[group].permute(2, 0, 1, 3)[:, :, :, None]
 
 
+def per_stretch(tokens: Tensor, change_: Callable[..., None], stretches: list[tuple], *others: Tensor) -> Tensor:
+    """``change_(tokens, *others, *vectors)``, in place, over each (slice of the tokens, vectors); returns the tokens.
+
+    Each slice is seen as (B, G, tokens of a group, dim) for vectors (B, G, 1, dim).
+    """
+    compiling = torch.compiler.is_compiling()  # it fuses copies away, and fails at writing to slices of its inputs
+    changed = []
+    for part, vectors in stretches:
+        views = [x[:, part].unflatten(1, (vectors[0].shape[1], -1)) for x in (tokens, *others)]
+        if compiling:
+            views[0] = views[0].clone()
+        change_(*views, *vectors)
+        changed.append(views[0].flatten(1, 2))
+    return torch.cat(changed, dim=1) if compiling else tokens
+
+
 def modulate_(tokens: Tensor, shift: Tensor, scale: Tensor) -> None:
-    """tokens * scale + shift, in place; tokens (B, L, dim), vectors (B, G, 1, dim), L a multiple of G."""
-    groups = tokens.unflatten(1, (shift.shape[1], -1))
-    groups.mul_(scale).add_(shift)
+    """tokens * scale + shift, in place."""
+    tokens.mul_(scale).add_(shift)
 
 
 def add_gated_(tokens: Tensor, update: Tensor, gate: Tensor) -> None:
-    """tokens + gate * update, in place; shapes as in ``modulate_``."""
-    count = gate.shape[1]
-    tokens.unflatten(1, (count, -1)).addcmul_(update.unflatten(1, (count, -1)), gate)
+    """tokens + gate * update, in place."""
+    tokens.addcmul_(update, gate)
 
 
 # ---------------------------------------------------------------- attention and feed-forward
@@ -308,6 +326,5 @@ class Head(nn.Module):
         vectors = modulation_vectors(self.modulation, embedding[:, None])
         vectors[:, 1] += 1
         shift, scale = grouped(vectors, group, tokens)
-        tokens = self.norm(tokens)
-        modulate_(tokens, shift, scale)
+        tokens = per_stretch(self.norm(tokens), modulate_, [(slice(None), (shift, scale))])
         return self.head(tokens)

@@ -1,14 +1,16 @@
 """The backbone against its golden numbers, and the invariants it must keep."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks.live_memory import peak_of_pass
-from nava_core.backbone import BackboneConfig, NavaBackbone, activation_bytes
+from nava_core.backbone import BackboneConfig, NavaBackbone, activation_bytes, layers
 
 TOLERANCE = 2e-4
 
@@ -210,3 +212,22 @@ def test_the_released_models_size():
     with torch.device("meta"):
         parameters = sum(p.numel() for p in NavaBackbone().parameters())
     assert parameters == pytest.approx(6.297e9, rel=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
+def test_what_the_compiler_makes_of_the_steps_over_slices():
+    """One piece between two attention calls of a host that the compiler does not see into."""
+    generator = torch.Generator().manual_seed(2)
+    vectors = torch.randn(1, 1, 6, 64, generator=generator).permute(2, 0, 1, 3)[:, :, :, None]
+    stretches = [(slice(0, 24), vectors[2:3]), (slice(24, None), vectors[5:6])]
+    table = layers.rotary_table(32, (2, 3, 4), 10)
+
+    def steps(tokens, update):
+        tokens = layers.per_stretch(tokens, layers.add_gated_, stretches, update)
+        return tokens, layers.rotated(F.layer_norm(tokens, (64,)), table, heads=2)
+
+    tokens, update = (torch.randn(1, 34, 64, generator=generator) for _ in range(2))
+    with torch.inference_mode():
+        compiled = torch.compile(steps)(tokens.clone(), update)
+        for got, wanted in zip(compiled, steps(tokens, update), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
