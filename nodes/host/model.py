@@ -39,6 +39,7 @@ from ...nava_core.checkpoint import (
 )
 from ...nava_core.geometry import audio_latent_to_tokens, audio_tokens_to_latent
 from .latents import absent_parts, audio_steps_of, check_shapes, map_video, shapes_of
+from .prefetch import PREFETCH, fetch_next, prefetch_queue
 from .preview import host_unpacks, video_first
 
 # Conditioning keys of this pack; stock guiders carry them to the model like any other.
@@ -117,10 +118,18 @@ class HostBackbone(NavaBackbone):
             out[1] = audio_tokens_to_latent(velocities[1])
         return out[0] if torch.is_tensor(x) else out
 
+    def _run_blocks(self, tokens, state):
+        blocks = [*self.double_blocks, *self.single_blocks]
+        state.options[PREFETCH] = queue = prefetch_queue(blocks, tokens, state.options)
+        tokens = super()._run_blocks(tokens, state)
+        fetch_next(queue, tokens.device, None)
+        return tokens
+
     def run_block(self, kind, index, block, tokens, state):
         """One block, or what a node has put in its place (``patches_replace``)."""
         options = state.options
         options["block_type"], options["block_index"] = kind, index
+        fetch_next(options.get(PREFETCH), tokens.device, block)
         replacement = options.get("patches_replace", {}).get("dit", {}).get((f"{kind}_block", index))
         if replacement is None:
             return block(tokens, state)
