@@ -33,12 +33,12 @@ def audio_vae_path(file: str) -> str:
     return next((path for path in found if path), None) or folder_paths.get_full_path_or_raise("vae", file)
 
 
-def device_input(what: str) -> io.Combo.Input:
+def device_input(what: str, advanced: bool = True) -> io.Combo.Input:
     return io.Combo.Input(
         "device",
         options=DEVICES,
         default="default",
-        advanced=True,
+        advanced=advanced,
         tooltip=f"Where the {what} works: ComfyUI's choice, or the CPU to leave GPU memory to the backbone.",
     )
 
@@ -131,7 +131,7 @@ class NavaLoadTextEncoder(io.ComfyNode):
                     "umt5_xxl_fp16 or umt5_xxl_fp8_e4m3fn_scaled (tokenizer inside), or the makers' "
                     "models_t5_umt5-xxl-enc-bf16.pth with the folder google/umt5-xxl beside it.",
                 ),
-                device_input("text encoder"),
+                device_input("text encoder", advanced=False),
             ],
             outputs=[io.Clip.Output()],
         )

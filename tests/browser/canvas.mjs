@@ -3,11 +3,14 @@
 //     node canvas.mjs JOB.json
 //
 // JOB: {playwright: path of playwright-core, chromium: its executable, url: the server,
-//       workflows: [{name, graph, vue, run}], small: {node class: {widget: value}}, files: {workflow: {class: {...}}}}.
+//       workflows: [{name, graph, vue, run}], small: {node class: {widget: value}}, files: {workflow: {class: {...}}},
+//       templates: [names], pictures: a folder, or nothing}.
 // With `vue`, nodes are drawn as DOM elements ("Nodes 2.0") and not on the canvas. With `run`, the workflow is queued
-// after the values in `small` and `files` were put into its widgets.
+// after the values in `small` and `files` were put into its widgets, and what is seen is told once more (`after`). With
+// `pictures`, each canvas is pictured there as it was loaded and after its run.
 
 import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import { createRequire } from "node:module";
 
 const job = JSON.parse(readFileSync(process.argv[2], "utf8"));
@@ -24,6 +27,11 @@ const FLAGS = [
 ];
 const START_MS = 120_000;
 const RUN_MS = 180_000;
+const SETTLE_MS = 700; // until sizes that follow from what is shown are taken
+const PICTURE_WIDTH = 2560;
+const PICTURE_SETTINGS = { "Comfy.Graph.CanvasInfo": false, "LiteGraph.Canvas.MinFontSizeForLOD": 0 };
+const ONLY_THE_CANVAS = `body * { visibility: hidden !important }
+  #graph-canvas, [data-node-id], [data-node-id] *, .dom-widget, .dom-widget * { visibility: visible !important }`;
 const REFUSED_POLLS = 12; // polls with nothing queued and nothing done: the server did not take the prompt
 
 async function openCanvas(page, vue) {
@@ -51,11 +59,42 @@ async function load(page, graph) {
   });
 }
 
-// Overlapping nodes and crossing links, from the sizes and places that the canvas really gives them.
+// Moves the view so that all of the graph is seen: nodes outside of it are not laid out. Says the graph's shape.
+function showAll({ width, height }) {
+  const { canvas, graph } = window.app;
+  const rims = [...graph._nodes, ...graph._groups].map((each) => each.boundingRect);
+  const left = Math.min(...rims.map((rim) => rim[0])) - 20;
+  const top = Math.min(...rims.map((rim) => rim[1])) - 20;
+  const right = Math.max(...rims.map((rim) => rim[0] + rim[2])) + 20;
+  const bottom = Math.max(...rims.map((rim) => rim[1] + rim[3])) + 20;
+  canvas.ds.scale = Math.min(width / (right - left), height / (bottom - top));
+  canvas.ds.offset = [-left, -top];
+  canvas.setDirty(true, true);
+  return (bottom - top) / (right - left);
+}
+
+// Overlapping nodes, crossing links and nodes that leave their group, from the sizes and places that they really have.
 function drawing() {
   const graph = window.app.graph;
-  const box = ({ boundingRect: [x, y, w, h] }) => [x, y, x + w, y + h];
+  const { scale, offset } = window.app.canvas.ds;
+  const origin = window.app.canvas.canvas.getBoundingClientRect();
+  const box = ({ id, boundingRect: [x, y, w, h] }) => {
+    const element = document.querySelector(`[data-node-id="${id}"]`);
+    if (!element) return [x, y, x + w, y + h];
+    const parts = [element, ...element.querySelectorAll("button")].map((part) => part.getBoundingClientRect()); // its foot hangs out
+    const rims = parts.filter((part) => part.width);
+    const at = (px, py) => [(px - origin.x) / scale - offset[0], (py - origin.y) / scale - offset[1]];
+    return [
+      ...at(Math.min(...rims.map((rim) => rim.left)), Math.min(...rims.map((rim) => rim.top))),
+      ...at(Math.max(...rims.map((rim) => rim.right)), Math.max(...rims.map((rim) => rim.bottom))),
+    ];
+  };
   const nodes = graph._nodes.map((node) => ({ node, box: box(node), title: `${node.title} (${node.id})` }));
+  const frames = graph._groups.map(({ boundingRect: [x, y, w, h] }) => [x, y, x + w, y + h]);
+  const inside = (a, b) => b[0] <= a[0] && b[1] <= a[1] && a[2] <= b[2] && a[3] <= b[3];
+  const outside = nodes
+    .filter(({ box: a }) => frames.filter((frame) => inside(a, frame)).length !== 1)
+    .map(({ title, box: a }) => `${title} at ${a.map(Math.round)}`);
   const pairs = (list) => list.flatMap((a, i) => list.slice(i + 1).map((b) => [a, b]));
   const overlaps = pairs(nodes)
     .filter(([{ box: a }, { box: b }]) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3])
@@ -101,7 +140,27 @@ function drawing() {
       both.map(({ link }) => `${graph.getNodeById(link.origin_id).title} to ${graph.getNodeById(link.target_id).title}`),
     )
     .map(([a, b]) => `${a} with ${b}`);
-  return { overlaps, crossings };
+  return { overlaps, crossings, outside };
+}
+
+async function look(page, name) {
+  const { width, height } = page.viewportSize();
+  await page.evaluate(showAll, { width, height });
+  await page.waitForTimeout(SETTLE_MS);
+  const seen = await page.evaluate(drawing);
+  if (job.pictures) {
+    for (const [setting, value] of Object.entries(PICTURE_SETTINGS))
+      await page.evaluate((given) => window.app.ui.settings.setSettingValueAsync(...given), [setting, value]);
+    const shape = await page.evaluate(showAll, { width, height });
+    const tall = Math.round(PICTURE_WIDTH * shape);
+    await page.setViewportSize({ width: PICTURE_WIDTH, height: tall });
+    await page.evaluate(showAll, { width: PICTURE_WIDTH, height: tall });
+    await page.addStyleTag({ content: ONLY_THE_CANVAS });
+    await page.waitForTimeout(SETTLE_MS);
+    await page.screenshot({ path: join(job.pictures, `${name}.png`) });
+    await page.setViewportSize({ width, height });
+  }
+  return seen;
 }
 
 // Puts the small values into the widgets, presses Run, and waits for the server's word.
@@ -133,6 +192,29 @@ async function run(page, values) {
   return { status: { status_str: `nothing ran: ${refusal}` }, outputs: {} };
 }
 
+// The pack's own workflows in the template browser, with their pictures; the first is opened.
+async function templates(page, names) {
+  await openCanvas(page, false);
+  await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.BrowseTemplates"));
+  const search = page.locator("[role=dialog] input[type=text], [role=dialog] input[type=search]").first();
+  await search.waitFor({ timeout: START_MS });
+  const shown = {};
+  for (const name of names) {
+    await search.fill(name);
+    const picture = page.locator(`[role=dialog] img[src*="/${name}.jpg"]`).first();
+    await picture.waitFor({ timeout: START_MS });
+    await picture.scrollIntoViewIfNeeded();
+    await page.waitForFunction((image) => image.complete, await picture.elementHandle());
+    shown[name] = await picture.evaluate((image) => ({ address: image.src, width: image.naturalWidth }));
+    if (job.pictures) await page.screenshot({ path: join(job.pictures, `template ${name}.png`) });
+  }
+  await search.fill(names[0]);
+  await page.locator(`[role=dialog] img[src*="/${names[0]}.jpg"]`).first().click();
+  await page.waitForSelector("[role=dialog]", { state: "detached", timeout: START_MS });
+  await page.waitForTimeout(1000);
+  return { shown, opened: await page.evaluate(() => window.app.graph._nodes.map((node) => node.type).sort()) };
+}
+
 const browser = await chromium.launch({ executablePath: job.chromium, args: FLAGS });
 const results = {};
 try {
@@ -144,11 +226,16 @@ try {
       if (message.type() === "error") said.push(`${message.location().url}: ${message.text()}`);
     });
     await openCanvas(page, vue);
-    const result = { ...(await load(page, graph)), ...(await page.evaluate(drawing)) };
-    if (queued) result.run = await run(page, { ...job.small, ...(job.files[name] ?? {}) });
+    const result = { ...(await load(page, graph)), ...(await look(page, name)) };
+    if (queued) {
+      result.run = await run(page, { ...job.small, ...(job.files[name] ?? {}) });
+      result.after = await look(page, `${name} after`);
+    }
     results[name] = { ...result, said };
     await page.close();
   }
+  const page = await browser.newPage({ viewport: { width: 1800, height: 1000 } });
+  results.templates = await templates(page, job.templates);
 } finally {
   await browser.close();
 }

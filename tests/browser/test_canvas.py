@@ -1,5 +1,6 @@
-"""Every bundled workflow in the real canvas: it loads whole, is drawn tidily, sends what its API file holds, and Run
-makes the file it promises. Needs ComfyUI, Node.js with npm, and Chromium; is skipped, with the reason, without."""
+"""Every bundled workflow in the real canvas: it loads whole, is drawn tidily before and after its run, sends what its
+API file holds, and Run makes the file it promises; the template browser shows and opens it. Needs ComfyUI, Node.js with
+npm, and Chromium; is skipped, with the reason, without. NAVA_CANVAS_PICTURES=folder keeps pictures of every canvas."""
 
 import json
 import math
@@ -19,7 +20,7 @@ sys.path.insert(0, str(HERE.parent / "host"))
 
 from comfy_host import require_comfyui  # noqa: E402
 from media_checks import read_media  # noqa: E402
-from server import Comfy  # noqa: E402
+from server import PACK_FOLDER, Comfy  # noqa: E402
 
 PLAYWRIGHT = "playwright-core@1"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -39,6 +40,7 @@ def find_browser() -> str | None:
 @pytest.fixture(scope="session")
 def playwright(tmp_path_factory) -> str:
     """playwright-core in a folder of its own; it drives the machine's Chromium and brings no browser."""
+    require_comfyui()
     for program in ("node", "npm"):
         if not shutil.which(program):
             pytest.skip(f"no {program}: install Node.js to run the canvas tests")
@@ -55,7 +57,6 @@ def playwright(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def server(playwright, tmp_path_factory):
     """A running ComfyUI with small models, a picture and two voices."""
-    require_comfyui()
     from nava_core.demo import make_small_models, place_in_comfyui
 
     base = tmp_path_factory.mktemp("canvas")
@@ -111,10 +112,15 @@ def seen(playwright, server, tmp_path_factory) -> dict:
         "url": f"http://127.0.0.1:{server.port}/",
         "workflows": [
             *({"name": name, "graph": read(name), "run": True} for name in NAMES),
-            *({"name": as_elements(name), "graph": read(name), "vue": True} for name in NAMES),
+            *({"name": as_elements(name), "graph": read(name), "run": True, "vue": True} for name in NAMES),
         ],
         "small": small_values(server.names),
-        "files": {"low_memory": {"NavaLoadTextEncoder": {"file": server.names["text_encoder_fp8"]}}},
+        "files": {
+            name: {"NavaLoadTextEncoder": {"file": server.names["text_encoder_fp8"]}}
+            for name in ("low_memory", as_elements("low_memory"))
+        },
+        "templates": NAMES,
+        "pictures": os.environ.get("NAVA_CANVAS_PICTURES"),
     }
     path = tmp_path_factory.mktemp("job") / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
@@ -142,12 +148,16 @@ def test_the_canvas_says_no_errors_of_ours(seen, name):
     assert ours == []
 
 
+@pytest.mark.parametrize("drawn", [str, as_elements])
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_drawn_tidily(seen, name):
-    assert seen[name]["overlaps"] == []
-    assert seen[name]["crossings"] == []
-    assert seen[as_elements(name)]["missing"] == []
-    assert seen[as_elements(name)]["overlaps"] == []
+def test_it_is_drawn_tidily_before_and_after_a_run(seen, name, drawn):
+    canvas = seen[drawn(name)]
+    assert canvas["missing"] == []
+    assert canvas["run"]["status"]["status_str"] == "success"
+    for when in (canvas, canvas["after"]):
+        assert when["overlaps"] == []
+        assert when["crossings"] == []
+        assert when["outside"] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -182,3 +192,12 @@ def test_run_makes_the_file_it_promises(seen, server, name):
     else:
         assert (media.video_codec, media.size) == ("h264", (96, 64))
         assert len(media.frames) == 24 * SECONDS + 1
+
+
+def test_the_template_browser_shows_each_with_its_picture_and_opens_it(seen):
+    templates = seen["templates"]
+    assert sorted(templates["shown"]) == NAMES
+    for name, picture in templates["shown"].items():
+        assert f"workflow_templates/{PACK_FOLDER}/{name}.jpg" in picture["address"]
+        assert picture["width"] == 640, name
+    assert templates["opened"] == sorted(node["type"] for node in read(NAMES[0])["nodes"])

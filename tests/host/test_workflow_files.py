@@ -19,6 +19,8 @@ NAMES = [
 ]
 NOTES = {"MarkdownNote", "Note"}
 WIDGET_TYPES = {"STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
+DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"  # a choice that brings inputs of its own
+MODELS = "https://huggingface.co/"
 FILE_WIDGETS = {"file", "image", "audio"}  # their options are whatever lies in a folder
 TITLE_HEIGHT = 30
 FOLDERS = {
@@ -64,7 +66,7 @@ def specs_of(info: dict) -> dict[str, list]:
 
 
 def is_widget(spec: list) -> bool:
-    return isinstance(spec[0], list) or spec[0] in WIDGET_TYPES
+    return isinstance(spec[0], list) or spec[0] in WIDGET_TYPES or spec[0] == DYNAMIC_COMBO
 
 
 def options(spec: list) -> dict:
@@ -73,6 +75,8 @@ def options(spec: list) -> dict:
 
 def choices(spec: list) -> list | None:
     """What a combo offers, None for other widgets."""
+    if spec[0] == DYNAMIC_COMBO:
+        return [option["key"] for option in options(spec)["options"]]
     return spec[0] if isinstance(spec[0], list) else options(spec).get("options")
 
 
@@ -81,7 +85,7 @@ def input_type(specs: dict[str, list], name: str) -> str:
     head, _, member = name.partition(".")
     spec = specs[head]
     if not member:
-        return "COMBO" if isinstance(spec[0], list) else spec[0]
+        return "COMBO" if isinstance(spec[0], list) or spec[0] == DYNAMIC_COMBO else spec[0]
     template = options(spec)["template"]
     number = member.removeprefix(template["prefix"])
     assert number.isdigit(), f"{name} is not one of {template['prefix']}0, {template['prefix']}1, ..."
@@ -152,6 +156,7 @@ def test_the_api_file_is_what_the_canvas_sends(canvas, api, object_info):
 def test_nothing_in_the_files_is_of_one_machine(name):
     for path in (WORKFLOWS / f"{name}.json", WORKFLOWS / "api" / f"{name}.json"):
         text = path.read_text(encoding="utf-8")
+        text = re.sub(re.escape(f'"url":"{MODELS}') + r"[^\"]*", "", text)  # where the canvas offers a model from
         for pattern in (r"/home/", r"/root", r"/tmp", r"[A-Za-z]:\\\\", r"https?://", r"\b[0-9a-f]{12,}\b", r"127\.0"):
             assert not re.search(pattern, text), f"{pattern} in {path.name}"
 
@@ -162,6 +167,22 @@ def test_nothing_in_the_files_is_of_one_machine(name):
 def test_every_node_exists(canvas, object_info):
     unknown = [node["type"] for node in nodes_of(canvas).values() if node["type"] not in object_info]
     assert not unknown
+
+
+def test_missing_files_and_nodes_are_known_to_the_canvas(canvas):
+    """A loader says where its file is from and goes, a node which pack it is of."""
+    version = re.search(r'^version = "(.*)"$', (WORKFLOWS.parent / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    for node in nodes_of(canvas).values():
+        known = node["properties"]
+        if not node["type"].startswith("Nava"):
+            assert known["cnr_id"] == "comfy-core"
+            continue
+        assert (known["cnr_id"], known["ver"]) == ("nava-nodes", version)
+        if node["type"] in FOLDERS and node["type"] != "NavaLoadSpeakerEncoder":  # its release is a .pt elsewhere
+            (model,) = known["models"]
+            assert (model["name"], model["directory"]) == (node["widgets_values"][0], FOLDERS[node["type"]])
+            assert model["url"].startswith(MODELS)
+            assert model["url"].endswith(f"/{model['name']}")
 
 
 def test_links_join_equal_types(canvas, object_info):
@@ -207,6 +228,16 @@ def test_widget_values_are_ones_that_the_server_takes(api, object_info):
 # ------------------------------------------------------------------ what each is for
 
 
+def test_every_workflow_has_an_encoded_negative(api):
+    (sampler,) = [node["inputs"] for node in api.values() if node["class_type"] in ("NavaSampler", "NavaGuider")]
+    negative = api[sampler["negative"][0]]
+    sound_alone = not nodes_named(api, "NavaLoadVideoVAE")
+    assert negative["class_type"] == "NavaEncodePrompt"
+    assert negative["inputs"]["prompt"] == ""
+    assert negative["inputs"]["negative_terms"] == ("sound, Chinese" if sound_alone else "picture and sound, Chinese")
+    assert negative["inputs"]["clip"] == api[sampler["positive"][0]]["inputs"]["clip"]
+
+
 def nodes_named(api: dict, class_type: str) -> list[dict]:
     return [node["inputs"] for node in api.values() if node["class_type"] == class_type]
 
@@ -215,7 +246,7 @@ def test_speech_is_marked_as_the_model_reads_it(api):
     from nava_core import parse_spans
 
     for inputs in nodes_named(api, "NavaEncodePrompt"):
-        if isinstance(inputs["prompt"], str):
+        if isinstance(inputs["prompt"], str) and inputs["prompt"]:
             voices = [key for key in inputs if key.startswith("voices.")]
             assert len(inputs["prompt"]) > 100
             assert len(parse_spans(inputs["prompt"])) >= len(voices)
