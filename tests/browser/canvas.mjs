@@ -194,22 +194,30 @@ async function run(page, values) {
 
 // The pack's own workflows in the template browser, with their pictures; the first is opened.
 async function templates(page, names) {
+  const fetched = {};
+  page.on("response", (response) => {
+    const name = response.url().match(/\/workflow_templates\/[^/]+\/(\w+)\.jpg/)?.[1];
+    if (name) fetched[name] = response.status();
+  });
   await openCanvas(page, false);
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.BrowseTemplates"));
-  const search = page.locator("[role=dialog] input[type=text], [role=dialog] input[type=search]").first();
+  const search = page.locator("[role=dialog] input").first();
   await search.waitFor({ timeout: START_MS });
   const shown = {};
+  const picture = page.locator("[role=dialog] img").first();
   for (const name of names) {
     await search.fill(name);
-    const picture = page.locator(`[role=dialog] img[src*="/${name}.jpg"]`).first();
+    await page.locator("[role=dialog]").getByText(name, { exact: true }).first().waitFor({ timeout: START_MS });
+    await page.waitForTimeout(SETTLE_MS);
     await picture.waitFor({ timeout: START_MS });
-    await picture.scrollIntoViewIfNeeded();
-    await page.waitForFunction((image) => image.complete, await picture.elementHandle());
-    shown[name] = await picture.evaluate((image) => ({ address: image.src, width: image.naturalWidth }));
+    shown[name] = await picture.evaluate((image) => ({ width: image.naturalWidth, height: image.naturalHeight }));
+    shown[name].status = fetched[name];
     if (job.pictures) await page.screenshot({ path: join(job.pictures, `template ${name}.png`) });
   }
   await search.fill(names[0]);
-  await page.locator(`[role=dialog] img[src*="/${names[0]}.jpg"]`).first().click();
+  await page.locator("[role=dialog]").getByText(names[0], { exact: true }).first().waitFor({ timeout: START_MS });
+  await page.waitForTimeout(SETTLE_MS);
+  await picture.click();
   await page.waitForSelector("[role=dialog]", { state: "detached", timeout: START_MS });
   await page.waitForTimeout(1000);
   return { shown, opened: await page.evaluate(() => window.app.graph._nodes.map((node) => node.type).sort()) };
