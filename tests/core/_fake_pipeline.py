@@ -58,7 +58,20 @@ class FakePipeline:
         return FakeClip({"prompt": prompt, **request})
 
 
+class TellingPipeline(FakePipeline):
+    """Clips that hold which process of which Ray node made them, and the words of the voices it was given."""
+
+    def __call__(self, prompt, *, callback, **request):
+        import ray
+
+        clip = super().__call__(prompt, callback=callback, **request)
+        node = ray.get_runtime_context().get_node_id()
+        voices = [Path(voice).read_bytes().decode() for voice in request["voices"]]
+        clip.request = {"prompt": prompt, "pid": os.getpid(), "node": node, "voices": voices}
+        return clip
+
+
 if __name__ == "__main__":
     from nava_core.cli import main
 
-    sys.exit(main(sys.argv[1:], open_pipeline=FakePipeline))
+    sys.exit(main(sys.argv[1:], open_pipeline=TellingPipeline if os.environ.get("FAKE_TELLS") else FakePipeline))

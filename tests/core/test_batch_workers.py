@@ -438,9 +438,11 @@ def test_no_process_is_left_and_the_next_run_goes_on(tmp_path, models, kind, cod
 # --- two machines ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def two_nodes(tmp_path, monkeypatch):
-    """A cluster of two Ray nodes on this machine, and what it is reached by."""
+@pytest.fixture(scope="module")
+def two_nodes():
+    """A cluster of two Ray nodes on this machine, started apart from this process."""
+    if ray.is_initialized():
+        ray.shutdown()
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -449,9 +451,32 @@ def two_nodes(tmp_path, monkeypatch):
     made.shutdown()
 
 
+def makers(name):
+    """Process and node of every clip in a folder."""
+    return {(clip["pid"], clip["node"]) for clip in told(name)}
+
+
 def test_a_batch_over_two_nodes(tmp_path, models, two_nodes):
-    source = write(tmp_path, *({"prompt": f"SLOW clip {n}"} for n in range(4)))
-    process = start(source, tmp_path / "out", models, "--cluster", NAVA_RAY_ADDRESS=two_nodes.address, seconds=0.2)
+    """A worker a node; a kill of the batch ends its workers and leaves the cluster to the next batch."""
+    (tmp_path / "v.wav").write_bytes(b"voice")
+    lines = [{"prompt": f"SLOW {n} <S>so<E>", "spk_wavs": ["v.wav"]} for n in range(12)]
+    source, out, mark = write(tmp_path, *lines), tmp_path / "out", f"NAVA_TEST_MARK={tmp_path}"
+    options = {"NAVA_RAY_ADDRESS": two_nodes.address, "NAVA_TEST_MARK": str(tmp_path), "FAKE_TELLS": "1"}
+    process = start(source, out, models, "--cluster", seconds=0.2, **options)
+    wait_for(lambda: out.is_dir() and len(files(out)) >= 2, process)
+    process.kill()
+    process.wait()
+    here = {pid for pid, _ in makers(out)}
+    deadline = time.monotonic() + ENDING_SECONDS
+    while time.monotonic() < deadline and (any(Path("/proc", str(pid)).exists() for pid in here) or marked(mark)):
+        time.sleep(0.1)
+    assert not [pid for pid in here if Path("/proc", str(pid)).exists()]
+    assert marked(mark) == {}
+
+    process = start(source, out, models, "--cluster", two_nodes.address, seconds=0.2, FAKE_TELLS="1")
     said = process.communicate(timeout=180)[0]
     assert process.returncode == 0, said
-    assert len(files(tmp_path / "out")) == 4
+    assert "finished before" in said
+    assert len(files(out)) == len(lines)
+    assert len({node for pid, node in makers(out) if pid not in here}) == 2
+    assert all(clip["voices"] == ["voice"] for clip in told(out))
