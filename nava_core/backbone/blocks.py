@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,10 +12,11 @@ from .layers import CrossAttention, FeedForward, Modulation, SelfAttention, add_
 
 @dataclass(frozen=True)
 class Stretch:
-    """One modality's tokens: where they stand, and which timestep each equal group of them has."""
+    """Tokens of one modality: where they stand, and which timestep each equal group of them has."""
 
     tokens: slice
     group: Tensor  # (B, G) index into the distinct timesteps' vectors
+    suffix: str  # "" for video, "_audio" for audio
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,11 @@ class PassState:
     """What all blocks of one pass share."""
 
     split: int  # number of video tokens; audio follows
-    stretches: tuple[Stretch, ...]  # video, audio: those that are present
-    suffixes: tuple[str, ...]  # "" for video, "_audio" for audio, in the same order
+    stretches: tuple[Stretch, ...]  # video's, then audio's
     vectors: Tensor  # (n, 6, dim) of the n distinct timesteps
     table: Tensor  # rotary table (L, head_dim / 2, 2)
     context: Tensor  # (B, text_len, dim)
-    cross_modal: bool
+    self_attention: Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (q, k, v, heads) of all tokens of the pass
     attention: object
     options: object
 
@@ -60,10 +61,10 @@ class Block(nn.Module):
             self.modulation_audio = Modulation(6, dim, **factory)
 
     def _vectors(self, tokens: Tensor, state: PassState) -> list[tuple[slice, tuple[Tensor, ...]]]:
-        """Per modality: its stretch of the tokens and shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2."""
+        """Per stretch of the tokens: shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2."""
         out = []
-        for stretch, suffix in zip(state.stretches, state.suffixes, strict=True):
-            modulation = getattr(self, "modulation" + suffix) if self.per_modality else self.modulation
+        for stretch in state.stretches:
+            modulation = getattr(self, "modulation" + stretch.suffix) if self.per_modality else self.modulation
             vectors = modulation(state.vectors)
             vectors[:, [1, 4]] += 1
             out.append((stretch.tokens, tuple(grouped(vectors, stretch.group, tokens))))
@@ -77,7 +78,7 @@ class Block(nn.Module):
             return [(part, [of_part[index] for index in indices]) for part, of_part in vectors]
 
         h = per_stretch(self.norm1(tokens), modulate_, pick(0, 1))
-        h = self.self_attn(h, split, state.table, state.cross_modal, attention, options)
+        h = self.self_attn(h, split, state.table, state.self_attention)
         tokens = per_stretch(tokens, add_gated_, pick(2), h)
 
         tokens += self.cross_attn(self.norm3(tokens), split, state.context, attention, options)

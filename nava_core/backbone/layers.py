@@ -192,18 +192,27 @@ class Projections(nn.Module):
         return x
 
 
-class SelfAttention(Projections):
-    """Joint self-attention over [video; audio], or each modality by itself (cross-modal interaction off)."""
+def self_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, *, split: int, cross_modal: bool, attention, options
+) -> Tensor:
+    """Attention over [video; audio], the first ``split`` tokens being video: joint, or each modality to itself.
 
-    def forward(self, x: Tensor, split: int, table: Tensor, cross_modal: bool, attention, options) -> Tensor:
+    q, k, v: (B, L, heads * head_dim); returns the shape of q, written over q where the modalities are apart.
+    """
+    if cross_modal or split in (0, q.shape[1]):
+        return attention(q, k, v, heads, options)
+    for part in (slice(0, split), slice(split, None)):
+        q[:, part] = attention(q[:, part], k[:, part], v[:, part], heads, options)
+    return q
+
+
+class SelfAttention(Projections):
+    """Self-attention over [video; audio]; ``attend`` is ``self_attention`` with the pass's settings filled in."""
+
+    def forward(self, x: Tensor, split: int, table: Tensor, attend: Callable[[Tensor, Tensor, Tensor, int], Tensor]):
         q, k = (self._positioned(name, x, split, table) for name in "qk")
         v = self.per_part(x, split, partial(self.project, "v"))
-        if cross_modal or split in (0, x.shape[1]):
-            out = attention(q, k, v, self.num_heads, options)
-        else:
-            for part in (slice(0, split), slice(split, None)):
-                q[:, part] = attention(q[:, part], k[:, part], v[:, part], self.num_heads, options)
-            out = q
+        out = attend(q, k, v, self.num_heads)
         del q, k, v
         return self.per_part(out, split, partial(self.project, "o"))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from .layers import (
     SpeakerEmbedding,
     default_attention,
     rotary_table,
+    self_attention,
     sinusoid,
 )
 
@@ -28,12 +31,22 @@ PATCH = (1, 2, 2)
 CACHED_TABLES = 2  # rotary tables kept: the shape in use and the one before
 
 
+class TokenSplit(Protocol):
+    """How the tokens of a pass are spread over several processes; see ``nava_core.parallel.ulysses``."""
+
+    def scatter(self, tokens: Tensor, state: PassState) -> tuple[Tensor, PassState]:
+        """All tokens and their state -> this process's share of both."""
+
+    def gather(self, velocities: dict[str, Tensor], state: PassState) -> dict[str, Tensor]:
+        """Velocities of this process's share, by modality -> those of all tokens."""
+
+
 class NavaBackbone(nn.Module):
     """The transformer of NAVA (arXiv 2605.30073, section 3); parameter names are the released checkpoint's.
 
     ``operations`` gives the layers' classes (as ``torch.nn`` names them) and ``attention`` the attention function
     ``(q, k, v, heads, options)`` on (B, L, heads * head_dim), so that a host can put its own casting, offloading and
-    kernels underneath. Weights are uninitialised: load them, or call :meth:`init_weights`. For inference only: tokens
+    kernels underneath; ``token_split`` spreads the tokens over processes. Weights are uninitialised: load them, or call :meth:`init_weights`. For inference only: tokens
     are worked on in place, under ``torch.no_grad``.
     """
 
@@ -79,6 +92,7 @@ class NavaBackbone(nn.Module):
         self.head = Head(dim, patch_size * config.vid_out_dim, config.eps, operations, **factory)
         self.head_audio = Head(dim, config.audio_out_dim, config.eps, operations, **factory)
         self._tables: dict[tuple, Tensor] = {}
+        self.token_split: TokenSplit | None = None
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> NavaBackbone:
@@ -128,8 +142,13 @@ class NavaBackbone(nn.Module):
         state, embedding = self._prepare(
             tokens, grid, split, timestep, context, timbre, timbre_positions, cross_modal, audio_start, options
         )
+        if self.token_split is not None:
+            tokens, state = self.token_split.scatter(tokens, state)
         tokens = self._run_blocks(tokens, state)
-        return self._velocities(tokens, state, embedding, grid, video, audio)
+        velocities = self._head_outputs(tokens, state, embedding)
+        if self.token_split is not None:
+            velocities = self.token_split.gather(velocities, state)
+        return self._unpatchify(velocities, grid, video), velocities.get("_audio")
 
     def _check(self, video, audio, context, timbre, timbre_positions) -> None:
         config = self.config
@@ -180,21 +199,20 @@ class NavaBackbone(nn.Module):
         distinct, groups = self._distinct_timesteps(timestep, tokens.shape[0], grid[0], length - split)
         embedding = self.time_embedding(sinusoid(distinct, self.config.freq_dim).to(tokens))
         vectors = self.time_projection(embedding).unflatten(-1, (6, -1))
-        stretches, suffixes = [], []
+        stretches = []
         if split:
-            stretches.append(Stretch(slice(0, split), groups[0]))
-            suffixes.append("")
+            stretches.append(Stretch(slice(0, split), groups[0], ""))
         if split < length:
-            stretches.append(Stretch(slice(split, length), groups[1]))
-            suffixes.append("_audio")
+            stretches.append(Stretch(slice(split, length), groups[1], "_audio"))
         state = PassState(
             split=split,
             stretches=tuple(stretches),
-            suffixes=tuple(suffixes),
             vectors=vectors,
             table=self._rotary_table(grid, length - split, tokens.device, audio_start),
             context=self._embed_context(context, timbre, timbre_positions),
-            cross_modal=cross_modal,
+            self_attention=partial(
+                self_attention, split=split, cross_modal=cross_modal, attention=self.attention, options=options
+            ),
             attention=self.attention,
             options=options,
         )
@@ -250,19 +268,24 @@ class NavaBackbone(nn.Module):
         """One block; a host or a streaming wrapper overrides this to work around it."""
         return block(tokens, state)
 
-    def _velocities(self, tokens, state, embedding, grid, video, audio):
-        out = {}
-        for suffix, stretch in zip(state.suffixes, state.stretches, strict=True):
-            head = getattr(self, "head" + suffix)
-            out[suffix] = head(tokens[:, stretch.tokens], embedding, stretch.group)
-        video_out = None
-        if video is not None:
-            rows, columns = PATCH[1:]
-            patches = out[""].unflatten(1, grid).unflatten(-1, (rows, columns, -1))
-            # (B, t, h, w, p, q, c) -> (B, c, t, h p, w q), without the padding of odd sizes
-            frames = patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-            video_out = frames[..., : video.shape[-2], : video.shape[-1]].contiguous()
-        return video_out, out.get("_audio")
+    def _head_outputs(self, tokens: Tensor, state: PassState, embedding: Tensor) -> dict[str, Tensor]:
+        """Velocities token by token, (B, tokens, width) of each modality there is, by its suffix."""
+        parts: dict[str, list[Tensor]] = {}
+        for stretch in state.stretches:
+            head = getattr(self, "head" + stretch.suffix)
+            parts.setdefault(stretch.suffix, []).append(head(tokens[:, stretch.tokens], embedding, stretch.group))
+        return {suffix: outs[0] if len(outs) == 1 else torch.cat(outs, dim=1) for suffix, outs in parts.items()}
+
+    @staticmethod
+    def _unpatchify(velocities: dict[str, Tensor], grid: tuple[int, int, int], video: Tensor | None) -> Tensor | None:
+        """The video's velocity in the shape of ``video``."""
+        if video is None:
+            return None
+        rows, columns = PATCH[1:]
+        patches = velocities[""].unflatten(1, grid).unflatten(-1, (rows, columns, -1))
+        # (B, t, h, w, p, q, c) -> (B, c, t, h p, w q), without the padding of odd sizes
+        frames = patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        return frames[..., : video.shape[-2], : video.shape[-1]].contiguous()
 
 
 def activation_bytes(config: BackboneConfig, batch: int, tokens: int, dtype_size: int) -> int:
