@@ -60,7 +60,7 @@ def load_backbone(
     info = _backbone_info(path)
     config = backbone_config(info)
     plan = {tensor.name: tensor for tensor in plan_tensors(info, dtype)}
-    model = _empty_model(config, plan, main_dtype(info, dtype))
+    model = empty_backbone(config, plan, main_dtype(info, dtype))
     problem = _mismatch(model, plan)
     if problem:
         raise WrongFileError(f"{info.path.name} does not fit its own configuration: {problem}; download it again.")
@@ -75,7 +75,7 @@ def backbone_problem(path: str | os.PathLike | FileInfo) -> str | None:
     try:
         info = _backbone_info(path)
         plan = {tensor.name: tensor for tensor in plan_tensors(info, None)}
-        problem = _mismatch(_empty_model(backbone_config(info), plan, torch.bfloat16), plan)
+        problem = _mismatch(empty_backbone(backbone_config(info), plan, torch.bfloat16), plan)
     except (ValueError, FileNotFoundError) as error:
         return str(error)
     return f"{info.path.name} does not fit its own configuration: {problem}; download it again." if problem else None
@@ -236,8 +236,8 @@ def _backbone_info(path: str | os.PathLike | FileInfo) -> FileInfo:
     return info
 
 
-def _empty_model(config: BackboneConfig, plan: Mapping[str, PlannedTensor], dtype: torch.dtype) -> NavaBackbone:
-    """The network without memory for its weights, float8 Linears where the plan has float8 weights."""
+def empty_backbone(config: BackboneConfig, plan: Mapping[str, PlannedTensor], dtype: torch.dtype) -> NavaBackbone:
+    """The network without memory for its weights (see ``assign_tensor``), float8 Linears where the plan has float8 weights."""
     model = NavaBackbone(config, dtype=dtype, device="meta")
     for name, module in list(model.named_modules()):
         planned = plan.get(f"{name}.weight")

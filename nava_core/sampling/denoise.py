@@ -199,12 +199,23 @@ class _Network:
     def predict(self, names: tuple[str, ...], samples: Pair, timestep: float) -> dict[str, Pair]:
         """Velocities (fp32) of the predictions ``names`` at ``samples``."""
         times = self._timesteps(timestep)
+        together = getattr(self.backbone, "run_together", None)
+        if together is not None:  # the predictions are spread over workers
+            self._check_stop()
+            passes = [self._arguments([name], samples, times) for name in names]
+            outputs = together(passes, self._check_stop)
+            return {name: _as_floats(pair) for name, pair in zip(names, outputs, strict=True)}
         velocities = {}
         for group in self._groups(names):
-            if self.should_stop is not None and self.should_stop():
-                raise Interrupted("The run was interrupted.")
-            velocities.update(self._pass(group, samples, times))
+            self._check_stop()
+            outputs = _as_floats(self.backbone(**self._arguments(group, samples, times)))
+            parts = [[None] * len(group) if out is None else out.chunk(len(group)) for out in outputs]
+            velocities.update({name: (parts[0][i], parts[1][i]) for i, name in enumerate(group)})
         return velocities
+
+    def _check_stop(self) -> None:
+        if self.should_stop is not None and self.should_stop():
+            raise Interrupted("The run was interrupted.")
 
     def _timesteps(self, timestep: float) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         video, audio = (None if m is None else m.timesteps(timestep) for m in (self.video, self.audio))
@@ -221,23 +232,25 @@ class _Network:
             groups.setdefault(self.conditions[name].cross_modal, []).append(name)
         return list(groups.values())
 
-    def _pass(self, names: list[str], samples: Pair, times) -> dict[str, Pair]:
+    def _arguments(self, names: list[str], samples: Pair, times) -> dict:
+        """The backbone's arguments for one pass that makes the predictions ``names``."""
         batch, count = len(_present(samples)[0]), len(names)
         merged = _merge([self.conditions[name] for name in names], batch)
         dtype = merged.context.dtype
         video, audio = (None if s is None else _repeat(s.to(dtype), count) for s in samples)
-        times = _repeat(times, count) if torch.is_tensor(times) else tuple(_repeat(t, count) for t in times)
-        outputs = self.backbone(
-            video,
-            audio,
-            times,
-            merged.context,
-            timbre=merged.timbre,
-            timbre_positions=merged.timbre_positions,
-            cross_modal=merged.cross_modal,
-        )
-        parts = [[None] * count if out is None else out.float().split(batch) for out in outputs]
-        return {name: (parts[0][i], parts[1][i]) for i, name in enumerate(names)}
+        return {
+            "video": video,
+            "audio": audio,
+            "timestep": _repeat(times, count) if torch.is_tensor(times) else tuple(_repeat(t, count) for t in times),
+            "context": merged.context,
+            "timbre": merged.timbre,
+            "timbre_positions": merged.timbre_positions,
+            "cross_modal": merged.cross_modal,
+        }
+
+
+def _as_floats(pair: Pair) -> Pair:
+    return tuple(None if part is None else part.float() for part in pair)
 
 
 def _merge(group: list[Condition], batch: int) -> Condition:
