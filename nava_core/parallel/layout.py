@@ -20,7 +20,7 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout | None:
-        """"2x4" (branches x sequence), or None for "auto". Raises ValueError for anything else."""
+        """ "2x4" (branches x sequence), or None for "auto". Raises ValueError for anything else."""
         if text == "auto":
             return None
         found = re.fullmatch(r"([1-9]\d?)\s*[x×]\s*([1-9]\d?)", text.strip())
@@ -134,4 +134,4 @@ def choose_layout(
 ) -> Layout:
     """The quickest layout by the time model for clips of ``video`` and ``audio`` tokens; of equals the smallest."""
     layouts = fitting_layouts(config, workers, predictions, video, audio)
-    return min(layouts, key=lambda l: (step_seconds(config, l, predictions, video, audio, machine), l.workers))
+    return min(layouts, key=lambda each: (step_seconds(config, each, predictions, video, audio, machine), each.workers))
