@@ -6,6 +6,7 @@ from .decode import DECODE_NODES
 from .latents import LATENT_NODES
 from .loaders import LOADER_NODES
 from .prompt import PROMPT_NODES
+from .runtime import RUNTIME_NODES
 from .sampling import SAMPLING_NODES
 from .timbre import TIMBRE_NODES
 
@@ -14,4 +15,12 @@ class NavaExtension(ComfyExtension):
     """What ComfyUI asks for the nodes."""
 
     async def get_node_list(self):
-        return [*LOADER_NODES, *TIMBRE_NODES, *PROMPT_NODES, *LATENT_NODES, *SAMPLING_NODES, *DECODE_NODES]
+        return [
+            *LOADER_NODES,
+            *RUNTIME_NODES,
+            *TIMBRE_NODES,
+            *PROMPT_NODES,
+            *LATENT_NODES,
+            *SAMPLING_NODES,
+            *DECODE_NODES,
+        ]

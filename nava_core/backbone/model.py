@@ -46,8 +46,8 @@ class NavaBackbone(nn.Module):
 
     ``operations`` gives the layers' classes (as ``torch.nn`` names them) and ``attention`` the attention function
     ``(q, k, v, heads, options)`` on (B, L, heads * head_dim), so that a host can put its own casting, offloading and
-    kernels underneath; ``token_split`` spreads the tokens over processes. Weights are uninitialised: load them, or call :meth:`init_weights`. For inference only: tokens
-    are worked on in place, under ``torch.no_grad``.
+    kernels underneath; ``token_split`` spreads the tokens over processes. Weights are uninitialised: load them, or
+    call :meth:`init_weights`. For inference only: tokens are worked on in place, under ``torch.no_grad``.
     """
 
     def __init__(

@@ -237,7 +237,7 @@ def _backbone_info(path: str | os.PathLike | FileInfo) -> FileInfo:
 
 
 def empty_backbone(config: BackboneConfig, plan: Mapping[str, PlannedTensor], dtype: torch.dtype) -> NavaBackbone:
-    """The network without memory for its weights (see ``assign_tensor``), float8 Linears where the plan has float8 weights."""
+    """The network without memory for its weights, float8 Linears where the plan has them; see ``assign_tensor``."""
     model = NavaBackbone(config, dtype=dtype, device="meta")
     for name, module in list(model.named_modules()):
         planned = plan.get(f"{name}.weight")

@@ -14,6 +14,7 @@ from .options import (
     UsageError,
     add_clip_options,
     add_model_options,
+    add_parallel_options,
     defaults_of,
     model_files,
     pipeline_opener,
@@ -52,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it is there")
     add_clip_options(parser)
     add_model_options(parser)
+    add_parallel_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -167,7 +167,49 @@ def pipeline_opener(
 
     opener = args.open_pipeline or NavaPipeline.from_files
     device, dtype = device_of(args), dtype_of(args)
-    return lambda: opener(files, device=device, dtype=dtype, say=say, keep_loaded=keep_loaded)
+    parallel = parallel_of(args, files, device.type)
+    options = {} if parallel is None else {"parallel": parallel}
+    return lambda: opener(files, device=device, dtype=dtype, say=say, keep_loaded=keep_loaded, **options)
+
+
+def add_parallel_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several GPUs")
+    group.add_argument(
+        "--parallel",
+        type=whole_number(1, 64),
+        metavar="N",
+        help="N workers make the clip together, a GPU each; with --device cpu N processes. On this machine, or on the "
+        "Ray cluster that NAVA_RAY_ADDRESS names",
+    )
+    group.add_argument(
+        "--layout",
+        default="auto",
+        metavar="AxB",
+        help="A predictions side by side, B workers sharing the tokens of each (default: auto, the quickest)",
+    )
+    group.add_argument(
+        "--weights",
+        choices=["replicated", "sharded"],
+        default="replicated",
+        help="all weights on every GPU, or a part on each for GPUs that cannot hold them (default: replicated)",
+    )
+
+
+def parallel_of(args: argparse.Namespace, files: Any, device: str) -> Any:
+    """``Parallel`` from --parallel and its like, checked; None without. Raises UsageError."""
+    from ..parallel import Parallel
+
+    workers = getattr(args, "parallel", None)
+    if workers is None:
+        if getattr(args, "layout", "auto") != "auto" or getattr(args, "weights", "replicated") != "replicated":
+            raise UsageError("--layout and --weights are for several workers: give --parallel N too.")
+        return None
+    parallel = Parallel(workers, args.layout, args.weights)
+    try:
+        parallel.check(files.backbone, device)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"--parallel: {error}") from None
+    return parallel
 
 
 def portable_opener(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -134,5 +135,5 @@ def _local_stretches(stretch: Stretch, places: tuple[slice, slice]) -> list[Stre
     cuts = sorted({start, stop, *(cut * size for cut in (first_whole, last_whole) if start < cut * size < stop)})
     return [
         Stretch(slice(base + a - start, base + b - start), stretch.group[:, a // size : -(-b // size)], stretch.suffix)
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in pairwise(cuts)
     ]

@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint import FileKind, describe_file, estimate_memory, load_backbone
 from ..components import audio_vae_part, load_audio_vae, load_text_encoder, load_video_vae, memory_bytes
+from ..parallel import Parallel
 from .files import NAMES, ModelFiles
 
 WORKSPACE = 2**30  # bytes of GPU memory that a component is given beside what it is known to need
@@ -44,7 +45,7 @@ def choose_device(name: torch.device | str | None = None) -> torch.device:
 class Components:
     """The models of ``files``, each read when its turn comes and on the device only while it works.
 
-    ``device``, ``dtype``, ``say`` and ``keep_loaded`` as :meth:`NavaPipeline.from_files` takes them.
+    ``device``, ``dtype``, ``say``, ``keep_loaded`` and ``parallel`` as :meth:`NavaPipeline.from_files` takes them.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Components:
         dtype: torch.dtype | None,
         say: Callable[[str], None],
         keep_loaded: bool,
+        parallel: Parallel | None = None,
     ) -> None:
+        self.parallel = parallel
         self.files = files
         self.device = device
         self.dtype = dtype
@@ -83,7 +86,7 @@ class Components:
         try:
             yield component
         finally:
-            if role == "backbone" and self.device.type != "cpu":
+            if role == "backbone" and (self.device.type != "cpu" or self.parallel):
                 self._kept[role] = component
             elif self.keep_loaded:
                 self._kept[role] = component.to("cpu")
@@ -96,6 +99,8 @@ class Components:
             return load_video_vae(path, device=self.device, dtype=self.vae_dtype)
         if role == "audio_vae":
             return load_audio_vae(path, device=self.device)
+        if self.parallel is not None:
+            return self.parallel.backbone(path, self.device.type, self.backbone_dtype, self.say)
         return load_backbone(path, device=self.device, dtype=self.backbone_dtype)
 
     @property
@@ -110,6 +115,8 @@ class Components:
         return self.dtype or (None if as_it_is else torch.bfloat16)
 
     def weight_bytes(self, role: str) -> int:
+        if role == "backbone" and self.parallel is not None:
+            return 0  # the workers have them
         info = describe_file(getattr(self.files, role))
         if role == "audio_vae":
             return memory_bytes(audio_vae_part(info))

@@ -9,6 +9,7 @@ import torch
 
 from ..components import check_packages, load_tokenizer
 from ..geometry import TRAINED_SCALE
+from ..parallel import Parallel
 from ..prompt import negative_text, timbre_inputs
 from ..sampling import FlowUniPC, Guidance, Interrupted, find_preset, flow_sigmas
 from . import stages
@@ -28,8 +29,9 @@ class NavaPipeline:
         dtype: torch.dtype | None,
         say: Callable[[str], None],
         keep_loaded: bool,
+        parallel: Parallel | None = None,
     ) -> None:
-        self.components = Components(files, device, dtype, say, keep_loaded)
+        self.components = Components(files, device, dtype, say, keep_loaded, parallel)
         self._tokenizer = load_tokenizer(files.text_encoder, files.tokenizer)
 
     @classmethod
@@ -41,6 +43,7 @@ class NavaPipeline:
         dtype: torch.dtype | None = None,
         say: Callable[[str], None] | None = None,
         keep_loaded: bool = False,
+        parallel: Parallel | None = None,
     ) -> NavaPipeline:
         """A pipeline over ``files``, of which only the headers and the tokenizer are read yet.
 
@@ -53,13 +56,18 @@ class NavaPipeline:
         long as the others fit beside it. Otherwise a component is dropped after its work and read again for the next
         clip; ``keep_loaded`` keeps all of them in RAM instead, which suits a batch on a machine with much RAM.
 
+        ``parallel``: workers that denoise together, a GPU each (or, with the device "cpu", a process each); text
+        encoder and VAEs stay in this process.
+
         Raises, in a sentence, FileNotFoundError and WrongFileError for files that are not what they should be or a
         missing tokenizer, RuntimeError for a missing package, ValueError for a device that is not there.
         """
         device = choose_device(device)
         files.check()
         check_packages()
-        return cls(files, device, dtype, say or _say_nothing, keep_loaded)
+        if parallel is not None:
+            parallel.check(files.backbone, device.type)
+        return cls(files, device, dtype, say or _say_nothing, keep_loaded, parallel)
 
     def unload(self) -> None:
         """Give back all memory; the next clip loads its components again."""

@@ -100,7 +100,7 @@ class HostBackbone(NavaBackbone):
         if transformer_options.get(WHOLE_TIMESTEPS):
             timestep = timestep.floor() if torch.is_tensor(timestep) else tuple(each.floor() for each in timestep)
         transformer_options["total_blocks"] = len(self.double_blocks) + len(self.single_blocks)
-        velocities = super().forward(
+        velocities = self.run_pass(
             video,
             audio,
             timestep,
@@ -117,6 +117,10 @@ class HostBackbone(NavaBackbone):
         if audio is not None:
             out[1] = audio_tokens_to_latent(velocities[1])
         return out[0] if torch.is_tensor(x) else out
+
+    def run_pass(self, *latents, **conditions):
+        """One pass of the core's backbone; see :meth:`NavaBackbone.forward`."""
+        return super().forward(*latents, **conditions)
 
     def _run_blocks(self, tokens, state):
         blocks = [*self.double_blocks, *self.single_blocks]
@@ -147,8 +151,11 @@ class HostBackbone(NavaBackbone):
 class NavaModel(comfy.model_base.BaseModel):
     """The host's model: flow sampling, conditions, latent spaces and memory figures of NAVA."""
 
+    network = HostBackbone
+    origin = (None, "auto")  # the file and the weight type that it was loaded as
+
     def __init__(self, model_config, device=None):
-        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostBackbone)
+        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=self.network)
         # Set by outer_sample below. Newer hosts set it too, to the same, but only after they have asked how much memory
         # the run will need.
         self.latent_shapes = None
@@ -405,6 +412,7 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
         model.load_model_weights(weights, "", assign=True)
     else:
         _stream_weights(info, model.diffusion_model)
+    model.origin = init[1]
     patcher.cached_patcher_init = init
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, outer_sample)
     return patcher

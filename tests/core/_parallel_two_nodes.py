@@ -1,6 +1,6 @@
 """Run by tests: a Ray cluster of two nodes on this machine, and a clip's passes over both.
 
-    python _parallel_two_nodes.py BACKBONE PASSES OUT
+python _parallel_two_nodes.py BACKBONE PASSES OUT
 """
 
 import os

@@ -79,6 +79,11 @@ def some_passes():
     return [voiced, {**text, "context": random(1, 5, 40)}, {**text, "cross_modal": False}, text]
 
 
+def repeat(times, function, *arguments):
+    for _ in range(times):
+        function(*arguments)
+
+
 def on_one(path, passes, dtype=None, changes=()):
     model = load_backbone(path, dtype=dtype)
     for name, tensor in changes:
@@ -156,8 +161,7 @@ def test_a_lost_worker_is_one_sentence_and_the_next_run_works(four, path):
     first = [about["pid"] for about in four.workers.about]
     threading.Timer(0.5, os.kill, (first[2], signal.SIGKILL)).start()
     with pytest.raises(WorkersError, match="A worker was lost, killed or out of memory"):
-        for _ in range(10_000):
-            four.run_together(passes)
+        repeat(10_000, four.run_together, passes)
     assert gone(first)
     check_equal(four.run_together(passes), on_one(path, passes))
     assert not set(first) & {about["pid"] for about in four.workers.about}
@@ -295,7 +299,12 @@ def test_a_cluster_that_is_not_there(monkeypatch, path, tmp_path):
 @pytest.mark.parametrize(
     ("workers", "layout", "weights", "words"),
     [
-        (5, "1x5", "replicated", "24 attention heads cannot be shared evenly by 5 workers: use one of 1, 2, 3, 4, 6, 8"),
+        (
+            5,
+            "1x5",
+            "replicated",
+            "24 attention heads cannot be shared evenly by 5 workers: use one of 1, 2, 3, 4, 6, 8",
+        ),
         (5, "auto", "sharded", "24 attention heads cannot be shared evenly by 5 workers"),
         (4, "2x4", "replicated", "The layout 2x4 is for 8 workers, and there are 4"),
         (0, "auto", "replicated", "0 workers cannot make a clip"),
@@ -309,7 +318,7 @@ def test_what_does_not_fit_is_told_before_anything_is_loaded(workers, layout, we
 
 def test_a_platform_without_nccl_is_told_what_to_use_instead(monkeypatch):
     monkeypatch.setattr(module.dist, "is_nccl_available", lambda: False)
-    with pytest.raises(RuntimeError, match="no NCCL.*MultiGPU CFG Split"):
+    with pytest.raises(RuntimeError, match=r"no NCCL.*MultiGPU CFG Split"):
         check_parallel(REAL, 2, device="cuda")
 
 
@@ -371,3 +380,73 @@ def test_a_layout_reads_and_says_itself():
         "Layout 2x2 for 4 predictions: 2 predictions side by side, 2 workers sharing the tokens of each; "
         "1 of 5 workers idle."
     )
+
+
+# ---------------------------------------------------------------- whole runs without a host
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Small models, the backbone with a hundredth of its velocities: the full ones blow rounding errors up."""
+    from nava_core.checkpoint import open_checkpoint
+    from nava_core.demo import make_small_models
+
+    folder = tmp_path_factory.mktemp("models")
+    paths = make_small_models(folder, preview_decoder=False)
+    with open_checkpoint(paths["backbone"]) as source:
+        weights, metadata = {f"backbone.{name}": source.read(name) for name in source}, source.info.metadata
+    for name in ("head", "head_audio"):
+        weights[f"backbone.{name}.head.weight"] *= 0.004
+    save_file(weights, paths["backbone"], metadata)
+    return {role: paths[role] for role in ("backbone", "text_encoder", "video_vae", "audio_vae", "speaker_encoder")}
+
+
+@pytest.mark.parametrize("settings", [("1x2", "replicated"), ("2x1", "replicated"), ("auto", "sharded")], ids=str)
+def test_a_whole_clip_equals_one_process(ray, models, settings):
+    from nava_core import ModelFiles, NavaPipeline
+    from nava_core.parallel import Parallel
+
+    def clip(parallel):
+        said = []
+        pipeline = NavaPipeline.from_files(
+            ModelFiles(**models), device="cpu", dtype=torch.float32, parallel=parallel, say=said.append
+        )
+        voice = torch.randn(1, 192, generator=torch.Generator().manual_seed(2))
+        made = pipeline("She says <S>Good morning!<E>", voices=[voice], seconds=0.5, width=64, height=64, steps=3)
+        again = pipeline("He says <S>Good evening!<E>", seconds=0.5, width=64, height=64, steps=2)
+        pipeline.unload()
+        return made, again, said
+
+    several, one = clip(Parallel(2, *settings)), clip(None)
+    for got, wanted in zip(several[:2], one[:2], strict=True):
+        for part in ("video_latent", "audio_latent", "frames", "waveform"):
+            torch.testing.assert_close(getattr(got, part), getattr(wanted, part), **TOLERANCE)
+    assert several[2].count("Starting 2 workers.") == 1
+    assert any(sentence.startswith("Layout ") for sentence in several[2])
+
+
+def command(*arguments):
+    from nava_core.cli import main
+
+    return main([str(each) for each in arguments])
+
+
+def test_generate_with_workers(ray, models, tmp_path, capsys):
+    from nava_core import read_audio
+
+    files = [part for role, path in models.items() for part in (f"--{role.replace('_', '-')}", path)]
+    common = ["generate", "Rain on a roof.", "--device", "cpu", "--dtype", "fp32", "--audio-only", "--seconds", "0.5"]
+    common += ["--steps", "2", *files]
+    assert command(*common, "--parallel", "2", "--layout", "1x2", "--out", tmp_path / "two.wav") == 0
+    assert "Layout 1x2 for 2 predictions" in capsys.readouterr().err
+    assert command(*common, "--out", tmp_path / "one.wav") == 0
+    two, one = (read_audio(tmp_path / f"{name}.wav")[0] for name in ("two", "one"))
+    torch.testing.assert_close(two, one, **TOLERANCE)
+    capsys.readouterr()
+    for wrong, words in (
+        (["--parallel", "3", "--layout", "1x3"], "--parallel: The model's 2 attention heads cannot be shared evenly"),
+        (["--parallel", "2", "--layout", "two"], "--parallel: 'two' is no layout"),
+        (["--layout", "1x2"], "--layout and --weights are for several workers"),
+    ):
+        assert command(*common, *wrong, "--out", tmp_path / "none.wav") == 2
+        assert words in capsys.readouterr().err
