@@ -130,8 +130,21 @@ def fitting_layouts(config: BackboneConfig, workers: int, predictions: int, vide
 
 
 def choose_layout(
-    config: BackboneConfig, workers: int, predictions: int, video: int, audio: int, machine: Machine = TYPICAL
+    config: BackboneConfig,
+    workers: int,
+    predictions: int,
+    video: int,
+    audio: int,
+    machine: Machine = TYPICAL,
+    neighbours: int | None = None,
 ) -> Layout:
-    """The quickest layout by the time model for clips of ``video`` and ``audio`` tokens; of equals the smallest."""
-    layouts = fitting_layouts(config, workers, predictions, video, audio)
+    """The quickest layout by the time model for clips of ``video`` and ``audio`` tokens; of equals the smallest.
+
+    ``neighbours``: how many workers a machine has, where there are several: tokens are not shared over a network.
+    """
+    layouts = [
+        each
+        for each in fitting_layouts(config, workers, predictions, video, audio)
+        if neighbours is None or each.sequence <= neighbours
+    ]
     return min(layouts, key=lambda each: (step_seconds(config, each, predictions, video, audio, machine), each.workers))

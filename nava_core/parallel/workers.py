@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -334,7 +335,7 @@ class ParallelBackbone(nn.Module):
         ``check`` is called now and then while the workers compute, and ends the run by raising.
         """
         workers = self.start()
-        layout = self._choose(passes)
+        layout = self._choose(passes, workers.places)
         sent = [{name: _on_cpu(value) for name, value in each.items() if name != "options"} for each in passes]
         answers = workers.ask("run", (layout.branches, layout.sequence), workers.ray.put(sent), check=check)
         done = sum(answer["passes"] for answer in answers)
@@ -344,11 +345,13 @@ class ParallelBackbone(nn.Module):
             raise WorkersError(f"The workers made {done} of {len(passes) * layout.sequence} passes; run again.")
         return [_like(velocities[index], each) for index, each in enumerate(passes)]
 
-    def _choose(self, passes: list[dict]) -> Layout:
+    def _choose(self, passes: list[dict], places: list[str]) -> Layout:
         video, audio = _token_counts(passes[0])
         layout = self.layout
         if layout is None:
-            layout = choose_layout(self.config, self.count, len(passes), video, audio)
+            machines = Counter(places)
+            neighbours = min(machines.values()) if len(machines) > 1 else None
+            layout = choose_layout(self.config, self.count, len(passes), video, audio, neighbours=neighbours)
         elif layout.sequence > 1 and 0 < min(count for count in (video, audio) if count) < layout.sequence:
             fits = max(each.sequence for each in fitting_layouts(self.config, self.count, 1, video, audio))
             raise ValueError(

@@ -23,6 +23,27 @@ from nava_core.parallel.ulysses import UlyssesSplit
 TIMEOUT_SECONDS = 60
 
 
+sent = 0  # bytes to other processes
+
+
+def count_bytes():
+    """Have what this process sends counted."""
+    exchange, gather = dist.all_to_all_single, dist.all_gather
+
+    def counted_exchange(output, values, output_sizes, sizes, group=None):
+        global sent
+        others = sum(sizes) - sizes[dist.get_rank(group)]
+        sent += others * values[0].numel() * values.element_size()
+        return exchange(output, values, output_sizes, sizes, group=group)
+
+    def counted_gather(parts, values, group=None):
+        global sent
+        sent += values.nbytes * (len(parts) - 1)
+        return gather(parts, values, group=group)
+
+    dist.all_to_all_single, dist.all_gather = counted_exchange, counted_gather
+
+
 def main(job, rank, ranks, rendezvous, out):
     torch.set_num_threads(1)
     job = torch.load(job)
@@ -41,6 +62,7 @@ def main(job, rank, ranks, rendezvous, out):
     if job.get("shard"):
         shard_weights(model, init_device_mesh("cpu", (int(ranks),)))
     results = {}
+    count_bytes()
     with torch.no_grad():
         for name, arguments in job["passes"].items():
             try:
@@ -48,7 +70,7 @@ def main(job, rank, ranks, rendezvous, out):
             except ValueError as error:
                 results[name] = str(error)
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
-    torch.save({"results": results, "passes": model.token_split.passes, "held": held}, out)
+    torch.save({"results": results, "passes": model.token_split.passes, "held": held, "sent": sent}, out)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from nava_core.backbone import BackboneConfig, NavaBackbone
+from nava_core.parallel.layout import exchanged_bytes, pass_operations
 from nava_core.parallel.ulysses import heads_problem, share, shares
 
 RANKS = Path(__file__).with_name("_parallel_ranks.py")
@@ -165,6 +167,25 @@ def small_passes():
 def test_uneven_shares_equal_one_process(small_model, tmp_path, ranks, shard):
     passes = small_passes()
     check(small_model, passes, run_ranks(tmp_path, ranks, small_model, passes, shard=shard))
+
+
+def test_bytes_sent_are_those_that_layouts_are_chosen_by(small_model, tmp_path):
+    """Velocities are gathered, never tokens."""
+    passes = {"both": {name: part[:1] for name, part in small_passes()["both"].items()}}
+    outputs = run_ranks(tmp_path, 3, small_model, passes)
+    counted = exchanged_bytes(small_model.config, 35, 9, 3, element=4)
+    assert sum(output["sent"] for output in outputs) == pytest.approx(3 * counted, rel=0.03)
+
+
+def test_operations_are_those_that_layouts_are_chosen_by():
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        NavaBackbone(dtype=torch.bfloat16)(
+            torch.empty(1, 48, 37, 44, 80, dtype=torch.bfloat16),
+            torch.empty(1, 152, 128, dtype=torch.bfloat16),
+            torch.empty(1),
+            torch.empty(1, 512, 4096, dtype=torch.bfloat16),
+        )
+    assert counter.get_total_flops() == pytest.approx(pass_operations(BackboneConfig(), 32_712), rel=0.02)
 
 
 def test_what_cannot_be_split_is_said_in_a_sentence(small_model, tmp_path):

@@ -356,6 +356,12 @@ def test_auto_at_the_real_size(workers, predictions, expected):
     assert str(choose_layout(REAL, workers, predictions, *TOKENS)) == expected
 
 
+def test_auto_shares_tokens_within_a_machine_only():
+    assert choose_layout(REAL, 8, 3, *TOKENS, neighbours=4) == Layout(2, 4)
+    assert choose_layout(REAL, 8, 1, *TOKENS, neighbours=4) == Layout(1, 4)
+    assert choose_layout(REAL, 2, 1, *TOKENS, neighbours=1) == Layout(1, 1)
+
+
 def test_auto_never_gives_a_worker_no_token():
     assert choose_layout(REAL, 8, 1, 500_000, 3).sequence <= 3
     assert choose_layout(REAL, 8, 1, 0, 5).sequence <= 5

@@ -15,6 +15,7 @@ NAMES = [
     "low_memory",
     "sampler_parts",
     "text_to_clip",
+    "two_gpus",
     "two_speakers",
 ]
 NOTES = {"MarkdownNote", "Note"}

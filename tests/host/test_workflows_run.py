@@ -15,7 +15,7 @@ API = ROOT / "workflows" / "api"
 NAMES = sorted(path.stem for path in API.glob("*.json"))
 EXPECTED = {
     "text_to_clip", "first_frame_to_clip", "first_frame_and_voice", "two_speakers", "audio_only", "sampler_parts",
-    "low_memory",
+    "low_memory", "two_gpus",
 }  # fmt: skip
 FRAMES = 25
 FILES = {
