@@ -88,6 +88,7 @@ def _actor(ray, device: str):
 
     class NavaWorker:
         def __init__(self, device, pack, unwanted):
+            import importlib
             import os
             import sys
 
@@ -95,9 +96,7 @@ def _actor(ray, device: str):
                 os.environ.pop(name, None)
             if os.path.isdir(os.path.join(pack, "nava_core")):
                 sys.path.insert(0, pack)
-            from nava_core.parallel.worker import Worker
-
-            self.worker = Worker(device)
+            self.worker = importlib.import_module("nava_core.parallel.worker").Worker(device)
 
         def call(self, name, *arguments):
             return getattr(self.worker, name)(*arguments)
