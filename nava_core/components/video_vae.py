@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
-from ..checkpoint import FileInfo, FileKind, WrongFileError, open_checkpoint
+from ..checkpoint import FileInfo, FileKind, TensorSource, WrongFileError, open_checkpoint
 from ..explain import TooLittleMemoryError
 from ..geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VIDEO_CHANNELS, frames_of_latents
 from .weights import fill, need, recognised, shapes_of
@@ -22,8 +22,10 @@ PATCH = 2  # pixels a side that the VAE folds into channels before its first lay
 # What a decode holds at its peak, beside workspaces: tensors of 4 frames at full resolution and width, and copies of
 # the whole picture, which grows by one latent frame at a time.
 DECODE_TENSORS, DECODE_PICTURES = 30, 3
-# Values held at a time by an encode, for each pixel of a frame and each channel of the first layer: ComfyUI's estimate.
-ENCODE_VALUES = 21
+# Values that an encode of one frame, and of more, is given room for: for each pixel of a frame and each channel of the
+# first layer. Counted are 3 and 11; the rest is for workspaces.
+ENCODE_VALUES, ENCODE_CLIP_VALUES = 6, 21
+ENCODING_HALF = ("encoder.", "conv1.")  # of the file's tensors
 TILE, TILE_STRIDE = 512, 448  # pixels
 
 
@@ -38,7 +40,8 @@ class VideoVAE(nn.Module):
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames (F, H, W, 3) in 0..1 of one clip -> its latent (1, 48, (F + 3) // 4, H / 16, W / 16), fp32 on the CPU.
 
-        One frame makes the first latent frame of a clip that begins with it. Always whole: tiles make another latent.
+        One frame makes the first latent frame of a clip that begins with it. In fp32 arithmetic whatever the weights
+        are rounded to, as the makers' code encodes: sound depends on this latent. Always whole: tiles make another latent.
         Raises ValueError for other shapes and for sides that are no multiple of 16, TooLittleMemoryError where the
         device's memory is short.
         """
@@ -47,7 +50,7 @@ class VideoVAE(nn.Module):
                 f"Frames to encode are (frames, height, width, 3), their sides multiples of {PIXELS_PER_LATENT}; "
                 f"got {tuple(frames.shape)}."
             )
-        pixels = frames.movedim(-1, 0)[None].to(self._device, self._dtype) * 2 - 1
+        pixels = frames.movedim(-1, 0)[None].to(self._device, torch.float32) * 2 - 1
         self.network.use_tiling = False  # a tiled decode may have left it on
         try:
             return self.network.encode(pixels).latent_dist.mode().float().cpu()
@@ -86,7 +89,8 @@ class VideoVAE(nn.Module):
 
     def encode_bytes(self, shape: tuple[int, ...]) -> int:
         """An estimate of the memory that encoding frames of ``shape`` (F, H, W, 3) takes beside the weights."""
-        return ENCODE_VALUES * shape[1] * shape[2] * self.network.config.base_dim * self._dtype.itemsize
+        values = ENCODE_VALUES if shape[0] == 1 else ENCODE_CLIP_VALUES
+        return values * shape[1] * shape[2] * self.network.config.base_dim * torch.float32.itemsize
 
     def decode_bytes(self, shape: tuple[int, ...]) -> int:
         """An estimate of the memory that decoding a whole latent of ``shape`` takes beside the weights."""
@@ -102,7 +106,7 @@ class VideoVAE(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return next(self.network.decoder.parameters()).dtype
 
 
 def load_video_vae(
@@ -113,7 +117,8 @@ def load_video_vae(
 ) -> VideoVAE:
     """The Wan2.2 VAE from its original file (``.safetensors`` or the makers' ``.pth``), of any width.
 
-    Weights are converted to ``dtype`` and moved to ``device`` one by one. Raises FileNotFoundError, WrongFileError for
+    Weights are rounded to ``dtype`` and moved to ``device`` one by one; the encoding half keeps them as fp32, in which
+    it computes. Raises FileNotFoundError, WrongFileError for
     another file or an incomplete one, RuntimeError where diffusers is not installed.
     """
     info = recognised(path, FileKind.WAN22_VAE)
@@ -122,8 +127,16 @@ def load_video_vae(
     with torch.device("meta"):
         network = diffusers.AutoencoderKLWan(**config)
     with open_checkpoint(info) as source:
-        fill(network, ((diffusers_name(name), source.read(name).to(device, dtype)) for name in source), info.path.name)
+        fill(network, _tensors(source, device, dtype), info.path.name)
     return VideoVAE(network).eval().requires_grad_(False)
+
+
+def _tensors(
+    source: TensorSource, device: torch.device | str, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in source:
+        tensor = source.read(name).to(device, dtype)
+        yield diffusers_name(name), tensor.float() if name.startswith(ENCODING_HALF) else tensor
 
 
 def video_vae_config(shapes: Mapping[str, tuple[int, ...]], file_name: str) -> dict:

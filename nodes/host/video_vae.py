@@ -86,8 +86,9 @@ def encode_video(vae: comfy.sd.VAE, images: torch.Tensor) -> torch.Tensor:
     """IMAGE (F, H, W, 3), 0..1, the frames of one clip -> its latent (1, 48, (F + 3) // 4, H // 16, W // 16).
 
     One image is a clip of one frame: its latent is the first latent frame of a clip that starts with it. Sides that are
-    no multiple of 16 are cropped about the centre by the host. The host's own encode in every other way, but always
-    whole: raises TooLittleMemoryError where memory is short. Run on ComfyUI 0.18.1 and 0.33.0.
+    no multiple of 16 are cropped about the centre by the host. The host's own encode but for two things, since sound
+    depends on this latent: in fp32 arithmetic whatever the weights are rounded to, as the makers' code encodes, and
+    always whole. Raises TooLittleMemoryError where memory is short. Run on ComfyUI 0.18.1 and 0.33.0.
     """
     _check_video(vae)
     if not isinstance(vae.first_stage_model, comfy.ldm.wan.vae2_2.WanVAE):
@@ -102,13 +103,23 @@ def encode_video(vae: comfy.sd.VAE, images: torch.Tensor) -> torch.Tensor:
     pixels = vae.vae_encode_crop_pixels(images[..., :3]).movedim(-1, 0)[None]
 
     def encode() -> torch.Tensor:
-        latent = vae.first_stage_model.encode(vae.process_input(pixels).to(vae.vae_dtype).to(vae.device))
+        _cast_encoder_weights(vae.first_stage_model)
+        latent = vae.first_stage_model.encode(vae.process_input(pixels).float().to(vae.device))
         return latent.to(vae.output_device).to(vae.vae_output_dtype())
 
     needed = vae.memory_used_encode(pixels.shape, vae.vae_dtype)
     what = "encoding a first frame" if len(images) == 1 else f"encoding {len(images)} frames"
     task = f"{what} of {pixels.shape[4]}x{pixels.shape[3]}"
     return run_whole(vae.patcher, needed, task, encode, full_load=vae.disable_offload).float()
+
+
+def _cast_encoder_weights(network: torch.nn.Module) -> None:
+    """Let the encoding half's layers take inputs of another type than their weights, as the host lets those of a model
+    that it keeps in part outside the GPU. What they compute for inputs of their own type is the same."""
+    for half in (network.encoder, network.conv1):
+        for layer in half.modules():
+            if hasattr(layer, "comfy_cast_weights"):
+                layer.comfy_cast_weights = True
 
 
 def _check_video(vae, latent: torch.Tensor | None = None) -> None:
