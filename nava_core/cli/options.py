@@ -123,6 +123,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="type of the backbone's weights; auto: bf16 on a GPU, as in the file on a CPU; fp8 files stay fp8; "
         "also for the video VAE",
     )
+    group.add_argument(
+        "--vae-dtype",
+        default="auto",
+        choices=["auto", *(name for name in DTYPES if name != "fp8")],
+        help="type that the video VAE decodes in, if not that of --dtype; fp32 as the makers do takes twice the memory",
+    )
 
 
 def model_files(args: argparse.Namespace) -> Any:
@@ -166,10 +172,11 @@ def pipeline_opener(
     from ..pipeline import NavaPipeline
 
     opener = args.open_pipeline or NavaPipeline.from_files
-    device, dtype = device_of(args), dtype_of(args)
+    device, options = device_of(args), types_of(args)
     parallel = parallel_of(args, files, device.type)
-    options = {} if parallel is None else {"parallel": parallel}
-    return lambda: opener(files, device=device, dtype=dtype, say=say, keep_loaded=keep_loaded, **options)
+    if parallel is not None:
+        options["parallel"] = parallel
+    return lambda: opener(files, device=device, say=say, keep_loaded=keep_loaded, **options)
 
 
 def add_parallel_options(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +226,7 @@ def portable_opener(
     from ..pipeline import NavaPipeline
 
     opener = args.open_pipeline or NavaPipeline.from_files
-    return partial(opener, files, device=device, dtype=dtype_of(args), keep_loaded=keep_loaded)
+    return partial(opener, files, device=device, keep_loaded=keep_loaded, **types_of(args))
 
 
 def device_of(args: argparse.Namespace) -> Any:
@@ -232,10 +239,12 @@ def device_of(args: argparse.Namespace) -> Any:
         raise UsageError(f"--device: {error}") from None
 
 
-def dtype_of(args: argparse.Namespace) -> Any:
+def types_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The torch types of --dtype and --vae-dtype, None for auto."""
     import torch
 
-    return None if args.dtype == "auto" else getattr(torch, DTYPES[args.dtype])
+    names = {"dtype": args.dtype, "vae_dtype": args.vae_dtype}
+    return {key: None if name == "auto" else getattr(torch, DTYPES[name]) for key, name in names.items()}
 
 
 # --- how a clip is made ------------------------------------------------------------------------------------------

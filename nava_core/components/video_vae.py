@@ -40,10 +40,10 @@ class VideoVAE(nn.Module):
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames (F, H, W, 3) in 0..1 of one clip -> its latent (1, 48, (F + 3) // 4, H / 16, W / 16), fp32 on the CPU.
 
-        One frame makes the first latent frame of a clip that begins with it. In fp32 arithmetic whatever the weights
-        are rounded to, as the makers' code encodes: sound depends on this latent. Always whole: tiles make another latent.
-        Raises ValueError for other shapes and for sides that are no multiple of 16, TooLittleMemoryError where the
-        device's memory is short.
+        One frame makes the first latent frame of a clip that begins with it. Sound depends on that latent, so it is
+        computed in fp32 whatever the weights are rounded to, as in the makers' code, and always whole. Raises
+        ValueError for other shapes and for sides that are no multiple of 16, TooLittleMemoryError where the device's
+        memory is short.
         """
         if frames.ndim != 4 or frames.shape[-1] != 3 or any(side % PIXELS_PER_LATENT for side in frames.shape[1:3]):
             raise ValueError(

@@ -45,7 +45,8 @@ def choose_device(name: torch.device | str | None = None) -> torch.device:
 class Components:
     """The models of ``files``, each read when its turn comes and on the device only while it works.
 
-    ``device``, ``dtype``, ``say``, ``keep_loaded`` and ``parallel`` as :meth:`NavaPipeline.from_files` takes them.
+    ``device``, ``dtype``, ``say``, ``keep_loaded``, ``parallel`` and ``vae_dtype`` as
+    :meth:`NavaPipeline.from_files` takes them.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class Components:
         say: Callable[[str], None],
         keep_loaded: bool,
         parallel: Parallel | None = None,
+        vae_dtype: torch.dtype | None = None,
     ) -> None:
         self.parallel = parallel
         self.files = files
         self.device = device
         self.dtype = dtype
+        self.wanted_vae_dtype = vae_dtype
         self.say = say
         self.keep_loaded = keep_loaded
         self._kept: dict[str, torch.nn.Module] = {}
@@ -105,6 +108,8 @@ class Components:
 
     @property
     def vae_dtype(self) -> torch.dtype:
+        if self.wanted_vae_dtype is not None:
+            return self.wanted_vae_dtype
         if self.dtype is not None and self.dtype.itemsize > 1:
             return self.dtype
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16

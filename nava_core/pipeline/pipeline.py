@@ -30,8 +30,9 @@ class NavaPipeline:
         say: Callable[[str], None],
         keep_loaded: bool,
         parallel: Parallel | None = None,
+        vae_dtype: torch.dtype | None = None,
     ) -> None:
-        self.components = Components(files, device, dtype, say, keep_loaded, parallel)
+        self.components = Components(files, device, dtype, say, keep_loaded, parallel, vae_dtype)
         self._tokenizer = load_tokenizer(files.text_encoder, files.tokenizer)
 
     @classmethod
@@ -44,13 +45,15 @@ class NavaPipeline:
         say: Callable[[str], None] | None = None,
         keep_loaded: bool = False,
         parallel: Parallel | None = None,
+        vae_dtype: torch.dtype | None = None,
     ) -> NavaPipeline:
         """A pipeline over ``files``, of which only the headers and the tokenizer are read yet.
 
         ``device``: where the models work, as :func:`choose_device` takes it. ``dtype``: what the
         backbone and the video VAE compute in; None for bfloat16 on a GPU (float8 weights stay float8), and on the CPU
-        for the backbone's own type and a float32 VAE; float8_e4m3fn makes the backbone's weights float8. ``say`` is
-        told in short sentences what is going on.
+        for the backbone's own type and a float32 VAE; float8_e4m3fn makes the backbone's weights float8. ``vae_dtype``:
+        what the video VAE decodes in, where that is to be another type, such as the makers' float32. ``say`` is told in
+        short sentences what is going on.
 
         Text encoder and VAEs are on the device only while they work, and the backbone stays on a GPU between clips as
         long as the others fit beside it. Otherwise a component is dropped after its work and read again for the next
@@ -67,7 +70,7 @@ class NavaPipeline:
         check_packages()
         if parallel is not None:
             parallel.check(files.backbone, device.type)
-        return cls(files, device, dtype, say or _say_nothing, keep_loaded, parallel)
+        return cls(files, device, dtype, say or _say_nothing, keep_loaded, parallel, vae_dtype)
 
     def unload(self) -> None:
         """Give back all memory; the next clip loads its components again."""

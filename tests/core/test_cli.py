@@ -144,6 +144,7 @@ def test_generate_hands_everything_on(nava, models, tmp_path):
         "generate", "He: <S>One.<E> She: <S>Two.<E> He: <S>Three.<E>", "--models", models, "--image", "her.png",
         "--voice", "1,3=a.wav", "--voice", "2=b.wav", "--seconds", "2.5", "--size", "portrait", "--seed", "7",
         "--steps", "3", "--shift", "4", "--video-text", "2.5", "--negative", "blur", "--dtype", "fp8",
+        "--vae-dtype", "fp32",
         "--out", "x/c.mp4",
     )  # fmt: skip
     assert code == 0, err
@@ -157,6 +158,7 @@ def test_generate_hands_everything_on(nava, models, tmp_path):
     assert (request["seed"], request["steps"], request["shift"], request["negative"]) == (7, 3, 4.0, "blur")
     assert (request["guidance"].video_text, request["guidance"].audio_timbre) == (2.5, 2.0)  # the makers' with both
     assert str(nava.pipeline.options["dtype"]) == "torch.float8_e4m3fn"
+    assert str(nava.pipeline.options["vae_dtype"]) == "torch.float32"
     assert "step 3/3" in err
     assert "a fake clip" in err
 

@@ -526,14 +526,17 @@ def test_the_backbone_leaves_a_gpu_only_where_another_does_not_fit_beside_it(fil
 
 
 def test_types_by_device_and_file(files):
-    def types(device, dtype=None):
-        components = Components(files, torch.device(device), dtype, print, False)
+    def types(device, dtype=None, vae_dtype=None):
+        components = Components(files, torch.device(device), dtype, print, False, vae_dtype=vae_dtype)
         return components.backbone_dtype, components.vae_dtype
 
     assert types("cpu") == (None, torch.float32)
     assert types("cuda") == (torch.bfloat16, torch.bfloat16)
     assert types("cpu", torch.bfloat16) == (torch.bfloat16, torch.bfloat16)
     assert types("cuda", torch.float8_e4m3fn) == (torch.float8_e4m3fn, torch.bfloat16)
+    assert types("cuda", torch.float16, torch.float32) == (torch.float16, torch.float32)
+    pipeline = NavaPipeline.from_files(files, device="cpu", vae_dtype=torch.bfloat16)
+    assert pipeline.components.vae_dtype is torch.bfloat16
 
 
 # --- files -------------------------------------------------------------------------------------------------------
