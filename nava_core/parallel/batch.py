@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import shutil
 import socket
 import tempfile
@@ -48,13 +47,13 @@ class BatchWorker:
             return f"The worker's machine {machine} has no {missing[0]}: every machine needs the models at one path."
         return None
 
-    def open(self, opener: bytes, version: str, models: tuple[Path, ...]) -> Failed | None:
-        """Open the pipeline by a pickled function; what went wrong, if something did."""
+    def open(self, opener: Callable[[], Callable[..., Any]], version: str, models: tuple[Path, ...]) -> Failed | None:
+        """Open the pipeline; what went wrong, if something did."""
         try:
             problem = self.problem(version, models)
             if problem:
                 raise ClusterError(problem)
-            self.pipeline = pickle.loads(opener)()
+            self.pipeline = opener()
         except Exception as error:
             return _for_the_road(Failed(explain(error), fatal=error, models=True), {})
         return None
@@ -93,7 +92,7 @@ def _with_local_inputs(job: Job, inputs: Inputs, folder: Path) -> tuple[Job, dic
 
 
 def _for_the_road(result: Made | Failed, names: dict[str, str]) -> Made | Failed:
-    """A result that can be sent: with errors that survive pickling, and files called by their real names."""
+    """A result that can be sent: with errors that survive the way, and files called by their real names."""
 
     def renamed(text: str) -> str:
         for here, there in names.items():
@@ -102,15 +101,19 @@ def _for_the_road(result: Made | Failed, names: dict[str, str]) -> Made | Failed
 
     if isinstance(result, Made):
         return replace(result, warnings=tuple(renamed(warning) for warning in result.warnings))
-    fatal = result.fatal
-    if fatal is not None:
-        try:
-            same = type(pickle.loads(pickle.dumps(fatal))) is type(fatal)
-        except Exception:
-            same = False
-        fatal = fatal.with_traceback(None) if same else RuntimeError(result.error)
-        fatal.__context__ = None
+    fatal = None if result.fatal is None else _bare(result.fatal)
     return replace(result, error=renamed(result.error), details=renamed(result.details), fatal=fatal)
+
+
+def _bare(error: BaseException) -> BaseException:
+    """The error made anew from its plain arguments, without what it hangs on to; a RuntimeError where it has others."""
+    try:
+        make, arguments, *_ = error.__reduce__()
+        if all(isinstance(argument, str | int | float | None) for argument in arguments):
+            return make(*arguments)
+    except Exception:
+        pass  # its type takes other arguments than it keeps
+    return RuntimeError(explain(error))
 
 
 @dataclass(eq=False)
@@ -128,8 +131,8 @@ class WorkersRunner(Runner):
 
     ``address``: of a cluster, None for workers on this machine. ``gpus``: of each worker, 0 for one on the CPU, None
     for one where there are any. ``models``: files and folders that every worker's machine must have. ``open_pipeline``
-    is pickled. Raises RuntimeError where Ray is missing; ClusterError, before anything is loaded, where there is no
-    cluster or it has fewer places than workers, or a worker runs another version of this code or lacks a file; then
+    is sent to them. Raises RuntimeError where Ray is missing; ClusterError, before anything is loaded, where there is
+    no cluster or it has fewer places than workers, or a worker runs another version of this code or lacks a file; then
     what ``open_pipeline`` raises.
     """
 
@@ -152,7 +155,7 @@ class WorkersRunner(Runner):
         self.failed_starts = 0
         try:
             self.ray, self.scratch = self.stack.enter_context(connected(address, cpus=None if address else count))
-            self.opener = self.ray.cloudpickle.dumps(open_pipeline)
+            self.open_pipeline = open_pipeline
             self.places = self._find_places(count, gpus)
             self.environment = _environment(None if address else self.places)
             self._first_workers()
@@ -259,7 +262,7 @@ class WorkersRunner(Runner):
         for problem in self._answers([worker.actor.problem.remote(*asked) for worker in self.workers]):
             if problem:
                 raise ClusterError(problem)
-        opened = self._answers([worker.actor.open.remote(self.opener, *asked) for worker in self.workers])
+        opened = self._answers([worker.actor.open.remote(self.open_pipeline, *asked) for worker in self.workers])
         for worker, failed in zip(self.workers, opened, strict=True):
             self._opened(worker, failed)
 
@@ -291,7 +294,7 @@ class WorkersRunner(Runner):
             self._give_up(task)
         new = self._new_worker()
         self.workers.append(new)
-        self.calls[new.actor.open.remote(self.opener, code_version(), self.models)] = new
+        self.calls[new.actor.open.remote(self.open_pipeline, code_version(), self.models)] = new
 
     def _give_up(self, task: Task) -> None:
         del self.lost[task.path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from fractions import Fraction
 
 import comfy.model_management
@@ -109,7 +110,7 @@ class MuxedVideo(Input.Video):
             samples = round(self.get_duration() * int(audio["sample_rate"]))
             audio = {**audio, "waveform": fit_length(audio["waveform"], samples)}
         clip = Types.VideoComponents(images=pad_to_even(self.frames), audio=audio, frame_rate=self.rate)
-        with whole_file(path) as temporary:
+        with whole_file(path) as temporary, _own_priority():
             InputImpl.VideoFromComponents(clip).save_to(str(temporary), **settings)
 
     def as_trimmed(self, start_time=None, duration=None, strict_duration=False):
@@ -130,6 +131,21 @@ class MuxedVideo(Input.Video):
             length = round(frames.shape[0] / self.rate * rate)
             audio = {**audio, "waveform": audio["waveform"][..., begin : begin + length]}
         return MuxedVideo(frames, audio, self.rate, self.crf)
+
+
+@contextmanager
+def _own_priority():
+    """Gives the thread its scheduling back: run by root, the AV1 encoder takes the highest real-time priority for the
+    thread that opens it and leaves it so, which starves everything else on the machine from then on."""
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        if os.sched_getscheduler(0) != policy:
+            os.sched_setscheduler(0, policy, priority)
 
 
 def _container(path, wanted) -> Container:

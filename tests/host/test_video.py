@@ -1,6 +1,7 @@
 """The VIDEO of NAVA Mux against the host's own: what it tells, how it is cut, what Save Video's settings do."""
 
 import io
+import os
 from fractions import Fraction
 
 import comfy_host
@@ -184,6 +185,15 @@ def test_what_later_hosts_write_they_write(ours, tmp_path, container, codec, cod
     assert list(tmp_path.iterdir()) == [path]
     ours.save_to(str(tmp_path / f"fine.{container}"), format=container, codec=codec, crf=10.0)
     assert path.stat().st_size < 0.7 * (tmp_path / f"fine.{container}").stat().st_size
+
+
+@later_hosts
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system tells no scheduling")
+def test_writing_leaves_the_threads_priority_alone(ours, tmp_path):
+    """As root the AV1 encoder would leave it at the highest real-time priority."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    ours.save_to(str(tmp_path / "clip.webm"), format="webm")
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
 
 
 @later_hosts

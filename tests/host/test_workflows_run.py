@@ -128,7 +128,8 @@ def test_two_voices_are_not_interchangeable(comfy, inputs):
         read_media(comfy.ok(small("two_speakers", comfy, inputs, voices=voices)).file(".mp4"))
         for voices in ([low, high], [high, low])
     ]
-    assert numpy.abs(clips[0].samples - clips[1].samples).max() > 0.01
+    # Equal inputs give equal samples, to the last bit (see below), and random weights hardly listen to a voice.
+    assert numpy.abs(clips[0].samples - clips[1].samples).max() > 0.001
 
 
 def test_sampler_parts_is_the_sampler(comfy, inputs):
