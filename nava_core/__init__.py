@@ -9,6 +9,7 @@ _EXPORTS = {
     "backbone": ("BackboneConfig", "NavaBackbone"),
     "checkpoint": ("WrongFileError", "describe_file", "load_backbone"),
     "geometry": ("ClipGeometry",),
+    "lora_merge": ("LoraMerge",),
     "media": ("mux", "read_audio", "read_image", "write_wav"),
     "pipeline": ("Clip", "ModelFiles", "NavaPipeline", "find_model_files"),
     "prompt": ("PromptTokenizer", "SpeechSpan", "StructuredPrompt", "default_negative", "parse_spans"),

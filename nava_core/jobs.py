@@ -41,7 +41,8 @@ class Defaults:
 
     ``negative``: a text, "default" for the built-in terms that suit the clip's mode, or "zero" for the trained null.
     ``scales`` are the fields of ``Guidance`` that differ from what the pipeline would choose itself. ``gen_turn``: how
-    many takes are made of a line. Raises LineError for seconds or a shift out of bounds.
+    many takes are made of a line. ``loras``: (fingerprint, strength) of those in the backbone, for a clip's key. Raises
+    LineError for seconds or a shift out of bounds.
     """
 
     seconds: float = 6.0
@@ -55,6 +56,7 @@ class Defaults:
     gen_turn: int = 1
     preset: str | None = None
     image_scale: int = TRAINED_SCALE
+    loras: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         check_scale(self.image_scale)
@@ -86,6 +88,7 @@ class Job:
     assignment: tuple[int | None, ...] | None
     preset: str | None = None
     image_scale: int = TRAINED_SCALE
+    loras: tuple[tuple[str, float], ...] = ()
     name: str = ""
     warnings: tuple[str, ...] = ()
     takes: int = 1
@@ -156,8 +159,12 @@ class Job:
             del facts["width"], facts["height"]
         if not self.size_from_image or self.image_scale == TRAINED_SCALE:
             del facts["image_scale"]
+        if self.loras:
+            facts["loras"] = self.loras
         for unused in ("preset",) if self.preset is None else ("steps", "shift"):
             del facts[unused]
+        if self.preset is not None and not self.scales:
+            del facts["negative"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -231,6 +238,7 @@ def make_job(
         assignment=assignment,
         preset=_or(preset, defaults.preset),
         image_scale=_or(image_scale, defaults.image_scale),
+        loras=defaults.loras,
         name=name,
         warnings=tuple(warnings),
         takes=_or(takes, defaults.gen_turn),

@@ -40,7 +40,7 @@ _FORMS = (
     (re.compile(r"(hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2)"), r"\1"),
     (re.compile(r"(alpha|dora_scale|diff|diff_b|set_weight|w_norm|b_norm|reshape_weight)"), r"\1"),
 )
-_PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight"))
+PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight"))
 _KEPT_TYPES = ("alpha", "reshape_weight")  # numbers to compute with, not weights
 
 # Called with (bytes read so far, bytes in all) after each tensor.
@@ -62,8 +62,8 @@ class ConvertedLora(NamedTuple):
         return text
 
 
-class _Entry(NamedTuple):
-    """A tensor of the source: its name there, the layer of NAVA and the form it has in the result."""
+class LoraEntry(NamedTuple):
+    """A tensor of the source: its name there, the layer of NAVA and the form it has in the result, "" for no known."""
 
     source: str
     layer: str
@@ -98,7 +98,7 @@ def convert_lora(
     target = Path(target)
     check_target(info, target, overwrite)
     entries = _entries(info)
-    alphas = _peft_alphas(info, entries)
+    alphas = peft_alphas(info, entries)
     tensors = {**_read(info, entries, DTYPES.get(dtype), progress), **alphas}
     data = save(tensors, {"format": "pt", **info.metadata})
     check_space(target, len(data))
@@ -151,27 +151,32 @@ def _read_form(rest: str) -> str | None:
     return None
 
 
-def _entries(info: FileInfo) -> list[_Entry]:
-    """All tensors of the file with their new names. Raises WrongFileError where one of them has none."""
+def match_layers(info: FileInfo) -> tuple[list[LoraEntry], list[str]]:
+    """The tensors of a LoRA's file that are for a layer of NAVA, and the names of the others."""
     split = {key: _split(key) for key in info.tensors}
-    foreign = [key for key, found in split.items() if found is None]
+    entries = [LoraEntry(key, found[0], _read_form(found[1]) or "") for key, found in split.items() if found]
+    return entries, [key for key, found in split.items() if found is None]
+
+
+def _entries(info: FileInfo) -> list[LoraEntry]:
+    """All tensors of the file with their new names. Raises WrongFileError where one of them has none."""
+    entries, foreign = match_layers(info)
     if foreign:
         raise WrongFileError(
-            f"{info.path.name} is no LoRA for NAVA: {len(foreign)} of its {len(split)} tensors belong to no layer of "
-            f"the model ({_some(foreign)}); choose one that was trained on NAVA."
+            f"{info.path.name} is no LoRA for NAVA: {len(foreign)} of its {len(info.tensors)} tensors belong to no "
+            f"layer of the model ({some(foreign)}); choose one that was trained on NAVA."
         )
-    entries = [_Entry(key, layer, _read_form(rest) or "") for key, (layer, rest) in split.items()]
     unread = [entry.source for entry in entries if not entry.form]
     if unread:
         raise WrongFileError(
             f"{info.path.name} has {len(unread)} of its {len(entries)} tensors in a form that ComfyUI's LoRA loader "
-            f"does not read ({_some(unread)}): save it from its trainer as a plain LoRA."
+            f"does not read ({some(unread)}): save it from its trainer as a plain LoRA."
         )
-    _check_whole(info, entries)
+    check_whole(info, entries)
     return entries
 
 
-def _check_whole(info: FileInfo, entries: Iterable[_Entry]) -> None:
+def check_whole(info: FileInfo, entries: Iterable[LoraEntry]) -> None:
     """Each name once, and no half of a pair alone, at which the host's loader would fail."""
     seen: dict[tuple[str, str], str] = {}
     for entry in entries:
@@ -182,17 +187,17 @@ def _check_whole(info: FileInfo, entries: Iterable[_Entry]) -> None:
                 "save each to a file of its own."
             )
         seen[place] = entry.source
-    for pair in _PAIRS:
+    for pair in PAIRS:
         for one, other in (pair, pair[::-1]):
             alone = [name for (layer, form), name in seen.items() if form == one and (layer, other) not in seen]
             if alone:
                 raise WrongFileError(
-                    f"{info.path.name} is incomplete: the other matrix of {_some(alone)} is missing; "
+                    f"{info.path.name} is incomplete: the other matrix of {some(alone)} is missing; "
                     "download it again, or save it again from its trainer."
                 )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
@@ -200,7 +205,7 @@ def _some(names: list[str]) -> str:
 
 
 def _read(
-    info: FileInfo, entries: Iterable[_Entry], dtype: torch.dtype | None, progress: Progress | None
+    info: FileInfo, entries: Iterable[LoraEntry], dtype: torch.dtype | None, progress: Progress | None
 ) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     done, total = 0, sum(tensor.nbytes for tensor in info.tensors.values())
@@ -221,19 +226,25 @@ def _read(
 
 
 def _count_without_alpha(tensors: Mapping[str, torch.Tensor]) -> int:
-    pairs = [name.removesuffix(f".{form}") for name in tensors for form, _ in _PAIRS if name.endswith(f".{form}")]
+    pairs = [name.removesuffix(f".{form}") for name in tensors for form, _ in PAIRS if name.endswith(f".{form}")]
     return sum(f"{layer}.alpha" not in tensors for layer in pairs)
 
 
-def _peft_alphas(info: FileInfo, entries: Iterable[_Entry]) -> dict[str, torch.Tensor]:
+def peft_config(info: FileInfo) -> Path | None:
+    """The file beside a LoRA of peft that holds its alpha; None for one of another trainer, or where it is missing."""
+    path = info.path.with_name(PEFT_CONFIG)
+    return path if any(name.startswith(PEFT_PREFIX) for name in info.tensors) and path.is_file() else None
+
+
+def peft_alphas(info: FileInfo, entries: Iterable[LoraEntry]) -> dict[str, torch.Tensor]:
     """Alphas of a LoRA that peft saved, which are not in its weights' file; none where peft's own file is not there.
 
     The host scales by alpha / rank, and peft with ``use_rslora`` by alpha / sqrt(rank).
     """
-    path = info.path.with_name(PEFT_CONFIG)
-    if not any(name.startswith(PEFT_PREFIX) for name in info.tensors) or not path.is_file():
+    path = peft_config(info)
+    if path is None:
         return {}
-    config = _peft_config(path)
+    config = _read_peft_config(path)
     has_own = {entry.layer for entry in entries if entry.form == "alpha"}
     alphas = {}
     for entry in entries:
@@ -253,7 +264,7 @@ def _alpha_of(layer: str, config: Mapping) -> float:
     return float(config["lora_alpha"])
 
 
-def _peft_config(path: Path) -> dict:
+def _read_peft_config(path: Path) -> dict:
     """``adapter_config.json`` with a usable ``lora_alpha`` and ``alpha_pattern``; raises WrongFileError otherwise."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -267,6 +278,6 @@ def _peft_config(path: Path) -> dict:
     patterns = [name for name in config["alpha_pattern"] if not _PLAIN_NAME.fullmatch(name)]
     if patterns:
         raise WrongFileError(
-            f"The alpha_pattern in {path} holds expressions ({_some(patterns)}): write the layers' names out."
+            f"The alpha_pattern in {path} holds expressions ({some(patterns)}): write the layers' names out."
         )
     return config

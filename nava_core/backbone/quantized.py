@@ -10,6 +10,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 CHUNK_ROWS = 1024  # quantised at a time, so that the float32 form of a whole weight is never needed
 MATMUL_CAPABILITY = (8, 9)  # first NVIDIA generation with float8 matrix units
+MANTISSA_BITS = 3
+MIN_EXPONENT = -6  # of the smallest normal float8_e4m3fn
 MATMUL_MULTIPLE = 16  # both widths of the weight must be multiples of this in a scaled matmul
 
 
@@ -41,6 +43,37 @@ def _quantise_chunk(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     # Rounding a scale down can push the row's largest value past 448, where float8 ends.
     return (values / scale.to(torch.float32)[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def quantise_rows_stochastically(weight: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``quantise_rows``, but each value goes up or down by chance, in proportion to how near it is.
+
+    A LoRA's change is mostly smaller than half a float8 step: rounding to nearest would drop it, this keeps it on
+    average. A value that float8 has exactly stays as it is. The same seed gives the same weights.
+    """
+    generator = torch.Generator(device=weight.device).manual_seed(seed)
+    data = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    _, scale = quantise_rows(weight)
+    for start in range(0, weight.shape[0], CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        values = weight[part].to(torch.float32) / scale[part].to(torch.float32)[:, None]
+        data[part] = _round_by_chance(values, generator).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+    return data, scale
+
+
+def _round_by_chance(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 values on float8's grid; every step but the comparison is exact."""
+    exponent = torch.frexp(values).exponent - 1  # frexp's mantissa is below 1, float8's below 2
+    step = _power_of_two(exponent.clamp_(min=MIN_EXPONENT) - MANTISSA_BITS)
+    steps = values / step
+    below = steps.floor()
+    chance = torch.rand(values.shape, generator=generator, device=values.device)
+    return below.add_(chance < steps - below).mul_(step)
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """2 ** exponent (int32, of a normal float32), put together from its bits: exact on every device."""
+    return ((exponent + 127) << 23).view(torch.float32)
 
 
 def dequantise_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

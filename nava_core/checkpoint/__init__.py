@@ -4,6 +4,7 @@ from .headers import FileInfo, TensorInfo, describe_file, format_bytes, format_c
 from .kinds import BACKBONES, FileKind, WrongFileError, explain_wrong_file
 from .loading import (
     PlannedTensor,
+    WeightChange,
     assign_tensor,
     backbone_config,
     backbone_problem,
@@ -22,6 +23,7 @@ __all__ = [
     "PlannedTensor",
     "TensorInfo",
     "TensorSource",
+    "WeightChange",
     "WrongFileError",
     "assign_tensor",
     "backbone_config",

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from ..backbone.config import BackboneConfig
 from ..backbone.model import NavaBackbone
-from ..backbone.quantized import FP8, Fp8Linear, dequantise_rows, quantise_rows
+from ..backbone.quantized import FP8, Fp8Linear, dequantise_rows, quantise_rows, quantise_rows_stochastically
 from .headers import FileInfo, TensorInfo, describe_file
 from .kinds import FileKind, WrongFileError, explain_wrong_file
 from .source import TensorSource, open_checkpoint
@@ -25,7 +26,11 @@ READABLE = frozenset(
     {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
 )
 SHOWN_NAMES = 3
+SEED_PREFIX = "diffusion_model."  # before a weight's name where ComfyUI draws its rounding, to round as it does
 MAX_TEXT_LEN = 8192  # tokens; a configuration that claims more is refused before memory is taken for them
+
+# Called with a weight in float32; returns a new one of its shape, and leaves the given one as it is.
+WeightChange = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,15 @@ def load_backbone(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    changes: Mapping[str, WeightChange] | None = None,
 ) -> NavaBackbone:
     """A backbone from a checkpoint of any form (safetensors or torch; fp32, bf16, fp16, fp8), ready to run.
 
     ``dtype``: None keeps the type most of the file is in, and the float8 weights of an fp8 file as they are
     (``Fp8Linear``, the rest bfloat16); ``torch.float8_e4m3fn`` quantises the blocks' Linears on the way in;
     any other floating type converts all to it. Beyond the loaded weights it takes the memory of the tensor
-    being read (and of its float32 form where it is quantised).
+    being read (and of its float32 form where it is quantised). ``changes``, by a weight's name, are made to it on
+    ``device`` as it comes in, such as those of :class:`LoraMerge`.
 
     Raises FileNotFoundError, WrongFileError where the file is no backbone, ValueError where it is damaged
     or incomplete.
@@ -65,7 +72,7 @@ def load_backbone(
     if problem:
         raise WrongFileError(f"{info.path.name} does not fit its own configuration: {problem}; download it again.")
     with open_checkpoint(info) as source:
-        for name, tensor in stream_tensors(source, dtype):
+        for name, tensor in stream_tensors(source, dtype, changes, device):
             assign_tensor(model, name, tensor.to(device))
     return model.eval()
 
@@ -169,20 +176,32 @@ def plan_tensors(info: FileInfo, dtype: torch.dtype | None) -> list[PlannedTenso
     return planned
 
 
-def stream_tensors(source: TensorSource, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of a backbone in the type they are wanted in, one by one. ``dtype`` as for ``load_backbone``."""
-    tensors = source.tensors
+def stream_tensors(
+    source: TensorSource,
+    dtype: torch.dtype | None,
+    changes: Mapping[str, WeightChange] | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a backbone in the type they are wanted in, one by one; ``dtype`` and ``changes`` as for
+    ``load_backbone``. Changed ones are on ``device``, the others on the CPU."""
+    tensors, changes = source.tensors, changes or {}
     rest = main_dtype(source.info, dtype)
     for name in source:
         if _is_used_scale(name, tensors):
             continue
         value = source.read(name)
         scale = source.read(name + SCALE) if _is_scaled(name, tensors) else None
+        change = changes.get(name)
+        if change is not None:
+            value, scale = value.to(device), scale if scale is None else scale.to(device)
         if not _ends_in_fp8(name, tensors, dtype):
-            yield name, _cast(value, scale, rest)
+            value = _cast(value, scale, rest)
+            yield name, value if change is None else change(value.to(torch.float32)).to(value.dtype)
             continue
         if scale is None:
             value, scale = _quantise(name, value)
+        if change is not None:
+            value, scale = _changed_fp8(name, value, scale.to(torch.bfloat16), change)
         yield name, value
         yield name + SCALE, scale.to(torch.bfloat16)
 
@@ -198,6 +217,18 @@ def _quantise(name: str, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         return quantise_rows(value)
     except ValueError as error:
         raise ValueError(f"{name} cannot be turned into fp8. {error}") from error
+
+
+def _changed_fp8(
+    name: str, value: torch.Tensor, scale: torch.Tensor, change: WeightChange
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float8 weight and its scales after a change, rounded by chance as in ComfyUI: to the nearest, most of a LoRA
+    would be lost."""
+    before = dequantise_rows(value, scale, torch.float32)
+    after = change(before)
+    if torch.equal(after, before):
+        return value, scale
+    return quantise_rows_stochastically(after, zlib.crc32(f"{SEED_PREFIX}{name}".encode()))
 
 
 def _is_scaled(name: str, tensors: Mapping[str, TensorInfo]) -> bool:

@@ -18,6 +18,7 @@ from .options import (
     add_clip_options,
     add_model_options,
     defaults_of,
+    ignored_options,
     model_files,
     model_names,
     pipeline_opener,
@@ -49,8 +50,9 @@ id|words of the recording|recording|words to say, and a WAV of these words in th
 Files are sought beside FILE, then in the working directory. Options below hold for lines that say nothing else. A line
 that cannot be used or fails is recorded and the rest goes on. Run the same command again to go on after an
 interruption or a repair: what is finished is skipped, a changed line is made again. A line with the same content as an
-earlier one is not made twice: it refers to that clip, or gets a link to it under its own id. The models, --device and
---dtype are not part of a line's content: clips of other models belong in another folder, or --remake.
+earlier one is not made twice: it refers to that clip, or gets a link to it under its own id. A --lora holds for all
+lines and is part of their content. The models, --device and --dtype are not: clips of other models belong in another
+folder, or --remake.
 
 FOLDER gets the clips, report.jsonl (every line's fate as it happens) and summary.json (all lines of the last run)."""
 
@@ -103,6 +105,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..batch import check_batch, run_batch
+    from ..lora_merge import LoraMerge, lora_fingerprint
 
     if not args.file.is_file():
         raise UsageError(f"There is no file {args.file}: give a file of JSON lines.")
@@ -121,6 +124,10 @@ def run(args: argparse.Namespace) -> int:
         return 1 if check.problems else 0
     folder = writable_folder(args.out)
     files = None if len(check.problems) == check.lines else model_files(args)
+    loras = LoraMerge(args.lora, files.backbone) if files else None
+    for note in [*ignored_options(args), *(loras.notes if loras else ())]:
+        progress.say(note)
+    defaults = replace(defaults, loras=tuple((lora_fingerprint(path), value) for path, value in args.lora if value))
     makers = _makers(args, files, progress)
     watcher = _Watcher(progress, several="make_runner" in makers)
     result = None
@@ -175,7 +182,8 @@ def _makers(args: argparse.Namespace, files: Any, progress: Progress) -> dict[st
     if files is not None:
         files = replace(files, **paths)
     opener = portable_opener(args, files, device, keep_loaded=_keep_loaded(args, files, args.workers or 1))
-    runner = partial(WorkersRunner, count=args.workers, address=address, gpus=gpus, models=tuple(paths.values()))
+    models = (*paths.values(), *(path for path, _ in args.lora))
+    runner = partial(WorkersRunner, count=args.workers, address=address, gpus=gpus, models=models)
     return {"open_pipeline": opener, "make_runner": runner}
 
 

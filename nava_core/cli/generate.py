@@ -16,6 +16,7 @@ from .options import (
     add_model_options,
     add_parallel_options,
     defaults_of,
+    ignored_options,
     model_files,
     pipeline_opener,
     writable_folder,
@@ -30,6 +31,7 @@ EXAMPLES = """examples:
   nava generate "She smiles and says <S>Good morning!<E>" --models models --image her.png --voice her.wav
   nava generate "A man asks <S>Ready?<E>, a woman answers <S>Ready.<E>" --models models \\
        --voice 1=man.wav --voice 2=woman.wav --seconds 8 --size portrait --seed 7
+  nava generate "A bell rings." --models models --lora few_steps.safetensors:0.9 --preset distilled
   nava generate "A radio voice says <S>It is eight o'clock.<E>" --models models --audio-only --seconds 4"""
 
 BOUND = re.compile(r"(\d+(?:,\d+)*)=(.+)", re.DOTALL)
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     target = _target(args, job.suffix)
     files = model_files(args)
     progress = Progress()
+    for note in ignored_options(args):
+        progress.say(note)
     pipeline = pipeline_opener(args, files, progress.say)()
     progress.begin("Denoising")
     try:

@@ -101,6 +101,22 @@ def whole_number(lowest: int, highest: int):
     return check
 
 
+def lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:STRENGTH; a file whose name ends like a strength is taken as it is."""
+    name, _, strength = text.rpartition(":")
+    try:
+        value = float(strength)
+    except ValueError:
+        value = None
+    if Path(text).is_file() or not name or value is None:
+        name, value = text, 1.0
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"a strength is a number such as 0.8, got {strength}")
+    if not Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {name}")
+    return Path(os.path.abspath(name)), value
+
+
 # --- models ------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +131,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     for role, what in MODEL_ROLES.items():
         metavar = "FOLDER" if role == "tokenizer" else "FILE"
         group.add_argument(f"--{role.replace('_', '-')}", type=Path, metavar=metavar, help=what)
+    group.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA to merge into the backbone, at strength 1 or another, as often as needed; those of few-step "
+        "students go with --preset distilled",
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: auto)")
     group.add_argument(
         "--dtype",
@@ -174,9 +199,11 @@ def pipeline_opener(
     opener = args.open_pipeline or NavaPipeline.from_files
     device, options = device_of(args), types_of(args)
     parallel = parallel_of(args, files, device.type)
+    if parallel is not None and args.lora:
+        raise UsageError("--lora: LoRAs are not merged in the workers of --parallel: leave out one of them.")
     if parallel is not None:
         options["parallel"] = parallel
-    return lambda: opener(files, device=device, say=say, keep_loaded=keep_loaded, **options)
+    return lambda: opener(files, device=device, say=say, keep_loaded=keep_loaded, loras=args.lora, **options)
 
 
 def add_parallel_options(parser: argparse.ArgumentParser) -> None:
@@ -226,7 +253,7 @@ def portable_opener(
     from ..pipeline import NavaPipeline
 
     opener = args.open_pipeline or NavaPipeline.from_files
-    return partial(opener, files, device=device, keep_loaded=keep_loaded, **types_of(args))
+    return partial(opener, files, device=device, keep_loaded=keep_loaded, loras=args.lora, **types_of(args))
 
 
 def device_of(args: argparse.Namespace) -> Any:
@@ -274,20 +301,19 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--video-only", dest="mode", action="store_const", const="video", help="picture alone")
     group.add_argument(
         "--negative",
-        default="default",
         metavar="TEXT",
         help='what to stay away from: a text, "default" for the built-in Chinese terms that suit the mode, '
         'or "zero" for the all-zero null of training (default: default)',
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0, help="the noise it starts from (0)")
-    sampling.add_argument("--steps", type=whole_number(1, 1000), default=50, help="denoising steps (50)")
-    sampling.add_argument("--shift", type=positive, default=5.0, help="more of the schedule at high noise (5)")
+    sampling.add_argument("--steps", type=whole_number(1, 1000), help="denoising steps (50)")
+    sampling.add_argument("--shift", type=positive, help="more of the schedule at high noise (5)")
     sampling.add_argument(
         "--preset",
         choices=["distilled"],
         help="distilled: for few-step checkpoints and LoRAs, 4 Euler steps on the conditional prediction alone; "
-        "--steps and --shift do not count then",
+        "--steps, --shift and --negative do not count then",
     )
     for name, what in SCALES.items():
         sampling.add_argument(f"--{name.replace('_', '-')}", type=scale, metavar="SCALE", help=what)
@@ -313,15 +339,26 @@ def defaults_of(args: argparse.Namespace) -> Any:
             args.size,
             mode,
             args.seed,
-            args.steps,
-            args.shift,
-            args.negative,
+            50 if args.steps is None else args.steps,
+            5.0 if args.shift is None else args.shift,
+            "default" if args.negative is None else args.negative,
             scales,
             preset=args.preset,
             image_scale=args.image_scale,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def ignored_options(args: argparse.Namespace) -> list[str]:
+    """A sentence on options that were given and that --preset makes void; none where all of them count."""
+    void = ["steps", "shift"]
+    if all(getattr(args, name) is None for name in SCALES):
+        void.append("negative")
+    given = [f"--{name}" for name in void if args.preset is not None and getattr(args, name) is not None]
+    if not given:
+        return []
+    return [f"Not used, because --preset {args.preset} brings its own: {', '.join(given)}."]
 
 
 def writable_folder(path: Path) -> Path:

@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint import FileKind, describe_file, estimate_memory, load_backbone
 from ..components import audio_vae_part, load_audio_vae, load_text_encoder, load_video_vae, memory_bytes
+from ..lora_merge import LoraMerge
 from ..parallel import Parallel
 from .files import NAMES, ModelFiles
 
@@ -46,7 +47,7 @@ class Components:
     """The models of ``files``, each read when its turn comes and on the device only while it works.
 
     ``device``, ``dtype``, ``say``, ``keep_loaded``, ``parallel`` and ``vae_dtype`` as
-    :meth:`NavaPipeline.from_files` takes them.
+    :meth:`NavaPipeline.from_files` takes them; ``loras`` are merged into the backbone.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Components:
         keep_loaded: bool,
         parallel: Parallel | None = None,
         vae_dtype: torch.dtype | None = None,
+        loras: LoraMerge | None = None,
     ) -> None:
         self.parallel = parallel
         self.files = files
@@ -66,6 +68,7 @@ class Components:
         self.wanted_vae_dtype = vae_dtype
         self.say = say
         self.keep_loaded = keep_loaded
+        self.loras = loras or LoraMerge((), files.backbone)
         self._kept: dict[str, torch.nn.Module] = {}
 
     def unload(self) -> None:
@@ -80,7 +83,8 @@ class Components:
         component = self._kept.pop(role, None)
         if component is None:
             path = getattr(self.files, role)
-            self.say(f"Loading the {NAMES[role]}, {path.name}.")
+            loras = self.loras.names if role == "backbone" else ()
+            self.say(f"Loading the {NAMES[role]}, {', with '.join([path.name, *loras])}.")
             self.make_room(self.weight_bytes(role) + WORKSPACE)
             component = self._load(role, path)
         else:
@@ -104,7 +108,8 @@ class Components:
             return load_audio_vae(path, device=self.device)
         if self.parallel is not None:
             return self.parallel.backbone(path, self.device.type, self.backbone_dtype, self.say)
-        return load_backbone(path, device=self.device, dtype=self.backbone_dtype)
+        with self.loras.changes() as changes:
+            return load_backbone(path, device=self.device, dtype=self.backbone_dtype, changes=changes)
 
     @property
     def vae_dtype(self) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 
 from ..components import check_packages, load_tokenizer
 from ..geometry import TRAINED_SCALE
+from ..lora_merge import Lora, LoraMerge
 from ..parallel import Parallel
 from ..prompt import negative_text, timbre_inputs
 from ..sampling import FlowUniPC, Guidance, Interrupted, find_preset, flow_sigmas
@@ -31,8 +32,9 @@ class NavaPipeline:
         keep_loaded: bool,
         parallel: Parallel | None = None,
         vae_dtype: torch.dtype | None = None,
+        loras: LoraMerge | None = None,
     ) -> None:
-        self.components = Components(files, device, dtype, say, keep_loaded, parallel, vae_dtype)
+        self.components = Components(files, device, dtype, say, keep_loaded, parallel, vae_dtype, loras)
         self._tokenizer = load_tokenizer(files.text_encoder, files.tokenizer)
 
     @classmethod
@@ -46,6 +48,7 @@ class NavaPipeline:
         keep_loaded: bool = False,
         parallel: Parallel | None = None,
         vae_dtype: torch.dtype | None = None,
+        loras: Sequence[Lora] = (),
     ) -> NavaPipeline:
         """A pipeline over ``files``, of which only the headers and the tokenizer are read yet.
 
@@ -53,7 +56,8 @@ class NavaPipeline:
         backbone and the video VAE compute in; None for bfloat16 on a GPU (float8 weights stay float8), and on the CPU
         for the backbone's own type and a float32 VAE; float8_e4m3fn makes the backbone's weights float8. ``vae_dtype``:
         what the video VAE decodes in, where that is to be another type, such as the makers' float32. ``say`` is told in
-        short sentences what is going on.
+        short sentences what is going on. ``loras``: files, or (file, strength), that are merged into the
+        backbone's weights each time these are read; see :class:`LoraMerge`.
 
         Text encoder and VAEs are on the device only while they work, and the backbone stays on a GPU between clips as
         long as the others fit beside it. Otherwise a component is dropped after its work and read again for the next
@@ -70,7 +74,12 @@ class NavaPipeline:
         check_packages()
         if parallel is not None:
             parallel.check(files.backbone, device.type)
-        return cls(files, device, dtype, say or _say_nothing, keep_loaded, parallel, vae_dtype)
+        if parallel is not None and loras:
+            raise ValueError("LoRAs are not merged in parallel workers: leave out parallel, or the LoRAs.")
+        say, merge = say or _say_nothing, LoraMerge(loras, files.backbone)
+        for note in merge.notes:
+            say(note)
+        return cls(files, device, dtype, say, keep_loaded, parallel, vae_dtype, merge)
 
     def unload(self) -> None:
         """Give back all memory; the next clip loads its components again."""
@@ -102,7 +111,8 @@ class NavaPipeline:
 
         ``prompt``: one dense paragraph with speech as ``<S>words<E>``; empty for the null the model was trained with.
         ``negative``: what to stay away from; None for the built-in Chinese terms that suit ``mode``, "zero" for the
-        null. ``seconds``, ``width``, ``height`` and ``mode`` as :class:`ClipGeometry` takes them. ``image``, (H, W, 3)
+        null; where the guidance has no use for it, it is not encoded. ``seconds``, ``width``, ``height`` and ``mode``
+        as :class:`ClipGeometry` takes them. ``image``, (H, W, 3)
         in 0..1 or a file, becomes the first frame: scaled to cover the clip and centre-cropped, the clip taking the
         trained size nearest to its proportions unless ``size_from_image`` is off, at ``image_scale`` 960 or the smaller
         640 and 512 (the side of a square of as many pixels). ``voices``: recordings (a file, or waveform and sample
@@ -125,19 +135,18 @@ class NavaPipeline:
         sigmas = flow_sigmas(steps, shift) if run is None else run.sigmas()
         stages.check_speaker_encoder(parts.files.speaker_encoder, voices)
         tokens, report = stages.tokenize(self._tokenizer, prompt, voices, assignment)
-        negative = negative_text(negative, mode)
-        negative_tokens = self._tokenizer(negative) if negative else None
         warnings = [*geometry.warnings, *([report] if tokens is not None and tokens.is_cut else [])]
-        if negative_tokens is not None and negative_tokens.is_cut:
-            limit = negative_tokens.max_length
-            over = negative_tokens.total_tokens - limit
-            warnings.append(f"The negative is longer than {limit} tokens: its last {over} were cut.")
 
         _check_stop(stop)
         timbres = stages.encode_voices(parts.files.speaker_encoder, voices, warnings)
         timbre, positions = (None, None) if tokens is None else timbre_inputs(tokens, timbres, assignment)
         if guidance is None:
             guidance = default_guidance(picture is not None, timbre is not None) if run is None else run.guidance
+        levels = sigmas[:-1].tolist()
+        if guidance.uses_text_null(levels, timbre is not None, geometry.has_video, geometry.has_audio):
+            negative_tokens = stages.tokenize_negative(self._tokenizer, negative_text(negative, mode), warnings)
+        else:
+            negative_tokens = None
         for warning in warnings:
             parts.say(warning)
         _check_stop(stop)

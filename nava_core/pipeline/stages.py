@@ -113,6 +113,17 @@ def tokenize(
     return tokens, tokens.report(bind_voices(tokens.spans, voices, assignment))
 
 
+def tokenize_negative(tokenizer: PromptTokenizer, negative: str, warnings: list[str]) -> TokenizedPrompt | None:
+    """The negative's tokens, None for the null; that some were cut is added to ``warnings``."""
+    if not negative:
+        return None
+    tokens = tokenizer(negative)
+    if tokens.is_cut:
+        over = tokens.total_tokens - tokens.max_length
+        warnings.append(f"The negative is longer than {tokens.max_length} tokens: its last {over} were cut.")
+    return tokens
+
+
 def check_speaker_encoder(path: Path | None, voices: Sequence[Voice]) -> None:
     """Raise ValueError where a voice is a recording and there is nothing to encode it with."""
     if path is None and not all(_is_embedding(voice) for voice in voices):

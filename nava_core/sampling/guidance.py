@@ -11,7 +11,7 @@ The predictions go by one letter each:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,6 +83,12 @@ class Guidance:
             directions += self.audio_directions(sigma, has_voice, has_video)
         nulls = {direction.null for direction in directions}
         return tuple(name for name in PREDICTIONS if name == "c" or name in nulls)
+
+    def uses_text_null(
+        self, sigmas: Sequence[float], has_voice: bool, has_video: bool = True, has_audio: bool = True
+    ) -> bool:
+        """Whether the negative text matters at any of these noise levels."""
+        return any("u" in self.needed(sigma, has_voice, has_video, has_audio) for sigma in sigmas)
 
     def combine(self, predictions: Mapping[str, Pair], sigma: float, has_voice: bool) -> Pair:
         """The guided (video, audio) from the needed predictions, each a (video, audio) of its own.

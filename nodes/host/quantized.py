@@ -26,18 +26,16 @@ from torch import nn
 from ...nava_core.backbone.quantized import (
     CHUNK_ROWS,
     FP8,
-    FP8_MAX,
     MATMUL_MULTIPLE,
     dequantise_rows,
     fp8_matmul_problem,
     quantise_activations,
     quantise_rows,
+    quantise_rows_stochastically,
 )
 
 LAYOUT = "NavaRowFP8Layout"
 FORMAT = "nava_row_fp8"
-FP8_MANTISSA_BITS = 3
-FP8_MIN_EXPONENT = -6  # of the smallest normal float8_e4m3fn
 
 
 class NavaRowFP8Layout(QuantizedLayout):
@@ -78,37 +76,6 @@ class NavaRowFP8Layout(QuantizedLayout):
 
 
 register_layout_class(LAYOUT, NavaRowFP8Layout)
-
-
-def quantise_rows_stochastically(weight: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``quantise_rows``, but each value goes up or down by chance, in proportion to how near it is.
-
-    A LoRA's change is mostly smaller than half a float8 step: rounding to nearest would drop it, this keeps it on
-    average. A value that float8 has exactly stays as it is. The same seed gives the same weights.
-    """
-    generator = torch.Generator(device=weight.device).manual_seed(seed)
-    data = torch.empty(weight.shape, dtype=FP8, device=weight.device)
-    _, scale = quantise_rows(weight)
-    for start in range(0, weight.shape[0], CHUNK_ROWS):
-        part = slice(start, start + CHUNK_ROWS)
-        values = weight[part].to(torch.float32) / scale[part].to(torch.float32)[:, None]
-        data[part] = _round_by_chance(values, generator).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
-    return data, scale
-
-
-def _round_by_chance(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """float32 values on float8's grid; every step but the comparison is exact."""
-    exponent = torch.frexp(values).exponent - 1  # frexp's mantissa is below 1, float8's below 2
-    step = _power_of_two(exponent.clamp_(min=FP8_MIN_EXPONENT) - FP8_MANTISSA_BITS)
-    steps = values / step
-    below = steps.floor()
-    chance = torch.rand(values.shape, generator=generator, device=values.device)
-    return below.add_(chance < steps - below).mul_(step)
-
-
-def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """2 ** exponent (int32, of a normal float32), put together from its bits: exact on every device."""
-    return ((exponent + 127) << 23).view(torch.float32)
 
 
 def has_values(quantised: QuantizedTensor, values: torch.Tensor) -> bool:

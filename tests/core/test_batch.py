@@ -125,6 +125,33 @@ def test_a_preset_brings_its_own_guidance_and_is_part_of_the_content(tmp_path):
     assert job.guidance == replace(CONDITIONAL, video_text=1.5)
 
 
+def test_a_negative_counts_only_where_the_preset_uses_it(tmp_path):
+    def key(negative, **defaults):
+        line = json.dumps({"prompt": "A bell.", "negative": negative}).encode()
+        return parse_line(line, tmp_path, Defaults(**defaults)).key()
+
+    assert key("a", preset="distilled") == key("b", preset="distilled")
+    assert key("a", preset="distilled", scales={"video_text": 2}) != key(
+        "b", preset="distilled", scales={"video_text": 2}
+    )
+    assert key("a") != key("b")
+
+
+def test_loras_are_part_of_the_content_where_there_are_any(tmp_path, pipeline):
+    source, out = write(tmp_path, {"prompt": "one"}, {"prompt": "two", "id": "b"}), tmp_path / "out"
+
+    def made_with(*loras):
+        return statuses(run_batch(source, out, lambda: pipeline, replace(FAST, loras=loras)))
+
+    plain = parse(tmp_path, prompt="one")
+    assert replace(plain, loras=()).key() == plain.key()
+    assert "loras" not in plain.request()
+    assert made_with() == ["made", "made"]
+    for loras in ([("abc", 1.0)], [("abc", 0.5)], [("abd", 0.5)], [("abc", 1.0), ("abd", 0.5)]):
+        assert made_with(*loras) == ["made", "made"]
+        assert made_with(*loras) == ["skipped", "skipped"]
+
+
 def test_voices_are_bound_to_spans(tmp_path):
     for name in ("a.wav", "b.wav"):
         (tmp_path / name).write_bytes(name.encode())

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from nava_core.checkpoint import WrongFileError
 from nava_core.cli import main
@@ -166,7 +168,77 @@ def test_generate_hands_everything_on(nava, models, tmp_path):
 def test_generate_with_a_preset(nava, models):
     assert nava("generate", "a", "--models", models, "--preset", "distilled")[0] == 0
     assert (nava.pipeline.requests[0]["preset"], nava.pipeline.requests[0]["guidance"]) == ("distilled", None)
+    assert (nava.pipeline.requests[0]["steps"], nava.pipeline.requests[0]["shift"]) == (50, 5.0)
     assert nava("generate", "a", "--models", models, "--preset", "fast")[0] == 2
+
+
+def small_lora(path, size=64):
+    up, down = torch.ones(size, 2) / 10, torch.ones(2, size)
+    layer = "diffusion_model.double_blocks.0.self_attn.q"
+    save_file({f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down}, path)
+
+
+def test_loras_are_handed_on_with_their_strengths(nava, models, tmp_path):
+    small_lora(tmp_path / "a.safetensors")
+    small_lora(tmp_path / "b:0.5")
+    names = ("a.safetensors", "a.safetensors:-0.25", "b:0.5", "b:0.5:2")
+    arguments = [argument for name in names for argument in ("--lora", name)]
+    assert nava("generate", "a", "--models", models, *arguments)[0] == 0
+    a, b = tmp_path / "a.safetensors", tmp_path / "b:0.5"
+    assert nava.pipeline.options["loras"] == [(a, 1.0), (a, -0.25), (b, 1.0), (b, 2.0)]
+    assert nava("generate", "a", "--models", models)[0] == 0
+    assert nava.pipeline.options["loras"] == []
+    for wrong, words in (("gone:0.5", "there is no file gone"), ("a.safetensors:nan", "a strength is a number")):
+        code, _, err = nava("generate", "a", "--models", models, "--lora", wrong)
+        assert code == 2
+        assert words in err
+
+
+def test_a_batch_with_loras_goes_on_by_their_content(nava, models, tmp_path):
+    lora = tmp_path / "a.safetensors"
+    small_lora(lora)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n')
+    batch = ("batch", "b.jsonl", "--out", "clips", "--models", models, "--steps", "1")
+
+    def result(*arguments):
+        code, out, _ = nava(*batch, *arguments)
+        assert code == 0
+        return out.split(",")[0]
+
+    assert [result(), result("--lora", "a.safetensors:0")] == ["1 line: 1 made", "1 line: 1 finished before"]
+    assert result("--lora", lora) == "1 line: 1 made"
+    assert nava.pipeline.options["loras"] == [(lora, 1.0)]
+    lora.rename(tmp_path / "renamed.safetensors")
+    assert result("--lora", "renamed.safetensors") == "1 line: 1 finished before"
+    assert result("--lora", "renamed.safetensors:0.5") == "1 line: 1 made"
+    small_lora(lora)
+    save_file({name: 2 * tensor for name, tensor in load_file(lora).items()}, lora)
+    assert result("--lora", lora) == "1 line: 1 made"
+    tensors = {**load_file(lora), "text_encoder.shared.lora_up.weight": torch.zeros(2, 2)}
+    save_file(tensors, lora)
+    code, _, err = nava(*batch, "--lora", lora)
+    assert code == 0
+    assert "a.safetensors: 1 of its 3 tensors are for nothing in this backbone" in err
+    small_lora(lora, size=65)
+    code, _, err = nava(*batch, "--lora", lora)
+    assert code == 1
+    assert "for a model of another size" in sentence(err)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--steps", "8"], "--steps"),
+        (["--shift", "5", "--steps", "50", "--negative", "zero"], "--steps, --shift, --negative"),
+        (["--negative", "blur", "--video-text", "2"], None),
+        (["--seed", "3"], None),
+    ],
+)
+def test_options_that_a_preset_makes_void_are_said(nava, models, given, said):
+    _, _, err = nava("generate", "a", "--models", models, "--preset", "distilled", *given)
+    assert ("Not used" in err) is (said is not None)
+    assert said is None or f"Not used, because --preset distilled brings its own: {said}." in err
+    assert "Not used" not in nava("generate", "a", "--models", models, *given)[2]
 
 
 def test_generate_at_a_smaller_scale(nava, models, tmp_path):
@@ -487,3 +559,16 @@ def test_demo_and_batch_for_real(tmp_path):
     (picture,) = (tmp_path / "clips").glob("00003-*.mp4")
     with av.open(str(picture)) as container:
         assert [stream.type for stream in container.streams] == ["video"]
+
+    small_lora(tmp_path / "few.safetensors")
+    options = (*options[:4], "--preset", "distilled", "--device", "cpu", "--video-only", "--size", "64x64")
+    clips = {}
+    for name, loras in {"without": [], "with": ["few.safetensors"], "none": ["few.safetensors:0"]}.items():
+        given = [argument for lora in loras for argument in ("--lora", lora)]
+        done = nava("generate", "Waves.", "--out", f"{name}.mp4", *options, *given)
+        assert done.returncode == 0, done.stderr
+        assert ("with few.safetensors" in done.stderr) is (name == "with")
+        assert "in 4 steps" in done.stderr
+        with av.open(str(tmp_path / f"{name}.mp4")) as container:
+            clips[name] = [frame.to_ndarray(format="rgb24").tobytes() for frame in container.decode(video=0)]
+    assert clips["none"] == clips["without"] != clips["with"]

@@ -393,6 +393,52 @@ def test_a_preset_takes_the_place_of_steps_solver_and_scales(pipeline, models):
 
 
 @pytest.mark.usefixtures("_latents_only")
+def test_a_negative_that_the_guidance_does_not_use_is_not_encoded(pipeline, monkeypatch):
+    seen, encode_text = [], stages.encode_text
+
+    def watched(components, prompts):
+        seen.append(prompts[1])
+        return encode_text(components, prompts)
+
+    monkeypatch.setattr(stages, "encode_text", watched)
+    settings = {**SHORT, "negative": "word " * 600}
+    clip = pipeline("A bell.", preset="distilled", **settings)
+    assert seen.pop() is None
+    assert not any("negative" in warning for warning in clip.warnings)
+    zero = pipeline("A bell.", preset="distilled", **{**settings, "negative": "zero"})
+    assert torch.equal(zero.video_latent, clip.video_latent)
+    late = Guidance(intervals={"video_text": (0.1, 0.0), "audio_text": (0.1, 0.0)})
+    for guidance, used in ((None, True), (Guidance(video_text=0, audio_text=0), False), (late, False)):
+        pipeline("A bell.", guidance=guidance, **settings)
+        assert (seen.pop() is not None) is used
+    pipeline("A bell.", preset="distilled", guidance=Guidance(), **settings)
+    assert seen.pop() is not None
+
+
+@pytest.mark.usefixtures("_latents_only")
+def test_loras_change_the_clip_and_are_refused_before_anything_is_loaded(files, pipeline, tmp_path, monkeypatch):
+    layer, said = "double_blocks.0.self_attn.q", []
+    tensors = {f"{layer}.lora_B.weight": torch.ones(64, 2) / 10, f"{layer}.lora_A.weight": torch.ones(2, 64)}
+    tensors["elsewhere.lora_A.weight"] = torch.ones(2, 64)
+    lora, foreign = tmp_path / "lora.safetensors", tmp_path / "foreign.safetensors"
+    save_file(tensors, lora)
+    save_file({"blocks.0.q.lora_A.weight": torch.ones(2, 2)}, foreign)
+
+    def clip(*loras):
+        return NavaPipeline.from_files(files, device="cpu", say=said.append, loras=loras)("A bell.", **SHORT)
+
+    plain, one, half = pipeline("A bell.", **SHORT), clip(lora), clip((lora, 0.25), (lora, 0.25))
+    assert "lora.safetensors: 1 of its 3 tensors are for nothing in this backbone and are not used" in said[0]
+    assert any(text.endswith("with lora.safetensors.") for text in said)
+    assert (one.video_latent - plain.video_latent).abs().max() > 1e-3
+    torch.testing.assert_close(half.video_latent, clip((lora, 0.5)).video_latent, rtol=0, atol=1e-2)
+    assert torch.equal(clip((lora, 0.0)).video_latent, plain.video_latent)
+    monkeypatch.setattr(memory, "load_backbone", None)
+    with pytest.raises(WrongFileError, match="no LoRA for this backbone"):
+        NavaPipeline.from_files(files, device="cpu", loras=[foreign])
+
+
+@pytest.mark.usefixtures("_latents_only")
 def test_steps_are_reported_and_a_run_can_be_stopped_at_any_point(pipeline):
     seen, asked = [], []
     pipeline(

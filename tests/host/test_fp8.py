@@ -234,11 +234,11 @@ def test_rounding_by_chance_keeps_what_float8_has_and_is_unbiased():
     grid = grid[torch.isfinite(grid)]
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        assert torch.equal(quantized._round_by_chance(grid, generator), grid)
+        assert torch.equal(core_quantized._round_by_chance(grid, generator), grid)
     positive = grid[grid >= 0].sort().values.unique()
     low, high = positive[:-1], positive[1:]
     between = (0.7 * low + 0.3 * high).repeat(4000, 1)
-    rounded = quantized._round_by_chance(between, generator)
+    rounded = core_quantized._round_by_chance(between, generator)
     assert torch.logical_or(rounded == low, rounded == high).all()
     ups = (rounded == high).float().mean(0)
     assert (ups - 0.3).abs().max() < 0.05
