@@ -16,7 +16,8 @@ def set_first_frame(latent: dict, image: torch.Tensor, vae, scale: int | None) -
 
     ``image``: IMAGE (1 or batch, H, W, C). ``scale`` gives the clip the size of that scale's bucket nearest to the
     picture's proportions instead of the latent's own (None); its latent must then be empty. Raises ValueError for an
-    audio-only latent, several pictures for fewer clips, and a latent that would lose given parts. Run on 0.18.1.
+    audio-only latent, several pictures for fewer clips, and a latent that would lose given parts.
+    Run on ComfyUI 0.18.1 and 0.33.0.
     """
     video = video_part(latent)
     if image.shape[0] not in (1, video.shape[0]):

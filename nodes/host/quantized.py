@@ -1,7 +1,7 @@
 """The makers' fp8 weights inside ComfyUI: float8 with one scale a row, as one of the host's quantised tensors.
 
 The host moves, offloads, patches (LoRA) and saves such a weight as it does its own fp8; only the scale differs. Run on
-ComfyUI 0.18.1 with comfy_kitchen 0.2.8 and 0.2.40; what newer hosts ask of a layout and of the layer is there too.
+ComfyUI 0.18.1 with comfy_kitchen 0.2.8 and 0.2.40, and on 0.33.0 with 0.2.31.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def load_text_encoder(
     are the tensors', so a small umt5 loads too.
 
     Raises ValueError with one sentence for a file that is something else or incomplete, FileNotFoundError
-    where the tokenizer is nowhere. Run on ComfyUI 0.18.1.
+    where the tokenizer is nowhere. Run on ComfyUI 0.18.1 and 0.33.0.
     """
     clip = _load(str(path), device, None if tokenizer_folder is None else str(tokenizer_folder))
     clip.patcher.cached_patcher_init = (_load_patcher, (str(path), device, tokenizer_folder))
@@ -41,7 +41,7 @@ def load_text_encoder(
 def prompt_tokenizer(clip) -> PromptTokenizer:
     """The core's tokenizer for a CLIP of :func:`load_text_encoder` or of the stock loader (type "wan").
 
-    Raises ValueError for a CLIP that is not umt5. Run on ComfyUI 0.18.1.
+    Raises ValueError for a CLIP that is not umt5. Run on ComfyUI 0.18.1 and 0.33.0.
     """
     inner = getattr(clip.tokenizer, f"clip_{NAME}", None)
     if isinstance(inner, NavaTokenizer):
@@ -57,14 +57,14 @@ def encode_ids(clip, ids: Sequence[int]) -> torch.Tensor:
     """Token ids (end token included) -> their context (1, n, d_model) fp32 on the host's intermediate device.
 
     No padding: the backbone pads the raw context with zeros to its text length. That is what the reference
-    does too, which runs the encoder on padded ids under a mask and keeps the first n states. Run on 0.18.1.
+    does too, which runs the encoder on padded ids under a mask and keeps the first n states. Run on 0.18.1 and 0.33.0.
     """
     return _with_its_network(clip).encode_from_tokens(host_tokens(ids))
 
 
 def encode_conditioning(clip, ids: Sequence[int], extras: dict | None = None) -> list:
     """Token ids -> CONDITIONING ``[[context, {**extras}]]`` as stock nodes make it: hooks and their schedules on the
-    CLIP (a LoRA that changes over the steps) are respected. Run on ComfyUI 0.18.1."""
+    CLIP (a LoRA that changes over the steps) are respected. Run on ComfyUI 0.18.1 and 0.33.0."""
     return _with_its_network(clip).encode_from_tokens_scheduled(host_tokens(ids), add_dict=dict(extras or {}))
 
 
@@ -86,7 +86,7 @@ class NavaTokenizer:
     """The core's tokenizer under the interface of the host's ``SDTokenizer``, so that stock nodes can encode.
 
     Prompts are not weighted ("(x:1.2)" is text), sentinels are put in at speech spans, and nothing is padded.
-    Run on ComfyUI 0.18.1.
+    Run on ComfyUI 0.18.1 and 0.33.0.
     """
 
     def __init__(self, embedding_directory=None, tokenizer_data: dict | None = None):
@@ -134,7 +134,7 @@ def _clip(tensors: dict, config: UMT5Config, tokenizer_data: dict, device: str, 
     """The host's own CLIP around its own umt5, with this file's dimensions and the core's tokenizer.
 
     Both go in through the host's options: ``<model>_model_config`` overrides the built-in xxl configuration,
-    ``<model>_tokenizer_class`` the tokenizer. Run on ComfyUI 0.18.1.
+    ``<model>_tokenizer_class`` the tokenizer. Run on ComfyUI 0.18.1 and 0.33.0.
     """
 
     class Target:
