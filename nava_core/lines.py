@@ -26,7 +26,7 @@ from .jobs import (
     make_job,
 )
 from .media import read_audio
-from .sampling import find_preset
+from .sampling import PRESETS, find_preset
 
 MAX_LINE = 1 << 20  # bytes
 BOM = b"\xef\xbb\xbf"
@@ -221,12 +221,11 @@ def _steps(value: Any) -> int:
 
 
 def _preset(value: Any) -> str:
-    name = _text(value)
     try:
-        find_preset(name)
+        wanted = find_preset(_text(value))
     except ValueError as error:
         raise LineError(str(error)) from None
-    return name
+    return next(name for name, preset in PRESETS.items() if preset is wanted)  # one content, however it is called
 
 
 def _scale(value: Any) -> int:

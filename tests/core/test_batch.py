@@ -120,6 +120,7 @@ def test_a_preset_brings_its_own_guidance_and_is_part_of_the_content(tmp_path):
     assert (plain.request()["preset"], preset.request()["preset"], preset.guidance) == (None, "distilled", None)
     assert preset.key() != plain.key()
     assert preset.key() == parse(tmp_path, prompt="A bell.", preset="distilled", steps=9).key()  # its own steps
+    assert preset.key() == parse(tmp_path, prompt="A bell.", preset="4 steps (distilled)").key()
     defaults = Defaults(preset="distilled", scales={"video_text": 1.5})
     job = parse_line(b'{"prompt": "A bell."}', tmp_path, defaults)
     assert job.guidance == replace(CONDITIONAL, video_text=1.5)
