@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .layers import CrossAttention, FeedForward, Modulation, SelfAttention, add_gated_, grouped, modulate_, per_stretch
+from .layers import CrossAttention, FeedForward, Kernels, Modulation, SelfAttention, add_gated_, grouped, per_stretch
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class PassState:
     context: Tensor  # (B, text_len, dim)
     self_attention: Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (q, k, v, heads) of all tokens of the pass
     attention: object
+    kernels: Kernels
     options: object
 
 
@@ -72,18 +73,18 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, state: PassState) -> Tensor:
         vectors = self._vectors(tokens, state)
-        split, attention, options = state.split, state.attention, state.options
+        split, attention, kernels, options = state.split, state.attention, state.kernels, state.options
 
         def pick(*indices: int) -> list[tuple]:
             return [(part, [of_part[index] for index in indices]) for part, of_part in vectors]
 
-        h = per_stretch(self.norm1(tokens), modulate_, pick(0, 1))
-        h = self.self_attn(h, split, state.table, state.self_attention)
+        h = kernels.modulated_norm(self.norm1, tokens, pick(0, 1))
+        h = self.self_attn(h, split, state.table, state.self_attention, kernels)
         tokens = per_stretch(tokens, add_gated_, pick(2), h)
 
         tokens += self.cross_attn(self.norm3(tokens), split, state.context, attention, options)
 
-        h = per_stretch(self.norm2(tokens), modulate_, pick(3, 4))
+        h = kernels.modulated_norm(self.norm2, tokens, pick(3, 4))
         return per_stretch(tokens, add_gated_, pick(5), self.ffn(h))
 
 

@@ -8,6 +8,7 @@ video first; ``split`` is the number of video tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
@@ -147,6 +148,25 @@ def add_gated_(tokens: Tensor, update: Tensor, gate: Tensor) -> None:
     tokens.addcmul_(update, gate)
 
 
+def modulated_norm(norm: nn.Module, tokens: Tensor, stretches: list[tuple]) -> Tensor:
+    """``norm`` of the tokens, times scale plus shift over each (slice of the tokens, (shift, scale)); a new tensor."""
+    return per_stretch(norm(tokens), modulate_, stretches)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Steps that a host may have fused kernels for; by default this module's own. Both leave their inputs alone.
+
+    rotate(x, table, heads): :func:`rotated`, in fp32 or in x's type.
+    modulated_norm(norm, tokens, stretches): :func:`modulated_norm`, ``norm`` being a LayerNorm without weights.
+    """
+
+    rotate: Callable[[Tensor, Tensor, int], Tensor] = rotated
+    modulated_norm: Callable[[nn.Module, Tensor, list[tuple]], Tensor] = modulated_norm
+
+
+OWN_KERNELS = Kernels()
+
 # ---------------------------------------------------------------- attention and feed-forward
 
 MODALITY_SUFFIXES = ("", "_audio")
@@ -182,13 +202,15 @@ class Projections(nn.Module):
         """One of q, k, v, o."""
         return getattr(self, name + suffix)(x)
 
-    def normalise_(self, name: str, suffix: str, x: Tensor, table: Tensor | None = None) -> Tensor:
+    def normalise_(
+        self, name: str, suffix: str, x: Tensor, table: Tensor | None = None, kernels: Kernels = OWN_KERNELS
+    ) -> Tensor:
         """RMS norm of q or k, and its rotation by ``table``, in place and in pieces: both need fp32 copies."""
         norm = getattr(self, f"norm_{name}{suffix}")
         for start in range(0, x.shape[1], NORM_TOKENS):
             part = slice(start, start + NORM_TOKENS)
             piece = norm(x[:, part])
-            x[:, part] = piece if table is None else rotated(piece, table[part], self.num_heads)
+            x[:, part] = piece if table is None else kernels.rotate(piece, table[part], self.num_heads)
         return x
 
 
@@ -209,20 +231,27 @@ def self_attention(
 class SelfAttention(Projections):
     """Self-attention over [video; audio]; ``attend`` is ``self_attention`` with the pass's settings filled in."""
 
-    def forward(self, x: Tensor, split: int, table: Tensor, attend: Callable[[Tensor, Tensor, Tensor, int], Tensor]):
-        q, k = (self._positioned(name, x, split, table) for name in "qk")
+    def forward(
+        self,
+        x: Tensor,
+        split: int,
+        table: Tensor,
+        attend: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+        kernels: Kernels,
+    ) -> Tensor:
+        q, k = (self._positioned(name, x, split, table, kernels) for name in "qk")
         v = self.per_part(x, split, partial(self.project, "v"))
         out = attend(q, k, v, self.num_heads)
         del q, k, v
         return self.per_part(out, split, partial(self.project, "o"))
 
-    def _positioned(self, name: str, x: Tensor, split: int, table: Tensor) -> Tensor:
+    def _positioned(self, name: str, x: Tensor, split: int, table: Tensor, kernels: Kernels) -> Tensor:
         """q or k of all tokens, normalised and rotated."""
         out = self.per_part(x, split, partial(self.project, name))
         if not self.per_modality:
-            return self.normalise_(name, "", out, table)
+            return self.normalise_(name, "", out, table, kernels)
         for suffix, part in zip(MODALITY_SUFFIXES, (slice(0, split), slice(split, None)), strict=True):
-            self.normalise_(name, suffix, out[:, part], table[part])
+            self.normalise_(name, suffix, out[:, part], table[part], kernels)
         return out
 
 
@@ -331,9 +360,8 @@ class Head(nn.Module):
         self.head = operations.Linear(dim, outputs, **factory)
         self.modulation = nn.Parameter(torch.empty(1, 2, dim, **factory), requires_grad=False)
 
-    def forward(self, tokens: Tensor, embedding: Tensor, group: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, embedding: Tensor, group: Tensor, kernels: Kernels) -> Tensor:
         vectors = modulation_vectors(self.modulation, embedding[:, None])
         vectors[:, 1] += 1
         shift, scale = grouped(vectors, group, tokens)
-        tokens = per_stretch(self.norm(tokens), modulate_, [(slice(None), (shift, scale))])
-        return self.head(tokens)
+        return self.head(kernels.modulated_norm(self.norm, tokens, [(slice(None), (shift, scale))]))

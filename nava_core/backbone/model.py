@@ -14,9 +14,11 @@ from .blocks import AlignmentBlock, FusionBlock, PassState, Stretch
 from .config import BackboneConfig
 from .layers import (
     FEED_FORWARD_TOKENS,
+    OWN_KERNELS,
     AttentionFunction,
     AudioPatchEmbedding,
     Head,
+    Kernels,
     SpeakerEmbedding,
     default_attention,
     rotary_table,
@@ -44,10 +46,11 @@ class TokenSplit(Protocol):
 class NavaBackbone(nn.Module):
     """The transformer of NAVA (arXiv 2605.30073, section 3); parameter names are the released checkpoint's.
 
-    ``operations`` gives the layers' classes (as ``torch.nn`` names them) and ``attention`` the attention function
-    ``(q, k, v, heads, options)`` on (B, L, heads * head_dim), so that a host can put its own casting, offloading and
-    kernels underneath; ``token_split`` spreads the tokens over processes. Weights are uninitialised: load them, or
-    call :meth:`init_weights`. For inference only: tokens are worked on in place, under ``torch.no_grad``.
+    ``operations`` gives the layers' classes (as ``torch.nn`` names them), ``attention`` the attention function
+    ``(q, k, v, heads, options)`` on (B, L, heads * head_dim) and ``kernels`` the rotation and the modulated norm, so
+    that a host can put its own casting, offloading and kernels underneath; ``token_split`` spreads the tokens over
+    processes. Weights are uninitialised: load them, or call :meth:`init_weights`. For inference only: tokens are
+    worked on in place, under ``torch.no_grad``.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class NavaBackbone(nn.Module):
         device: torch.device | str | None = None,
         operations=DEFAULT_OPERATIONS,
         attention: AttentionFunction = default_attention,
+        kernels: Kernels = OWN_KERNELS,
     ):
         super().__init__()
         self.config = config = config or BackboneConfig()
         self.dtype = dtype or torch.get_default_dtype()
         self.attention = attention
+        self.kernels = kernels
         factory = {"dtype": self.dtype, "device": device}
         dim = config.dim
 
@@ -214,6 +219,7 @@ class NavaBackbone(nn.Module):
                 self_attention, split=split, cross_modal=cross_modal, attention=self.attention, options=options
             ),
             attention=self.attention,
+            kernels=self.kernels,
             options=options,
         )
         return state, embedding
@@ -273,7 +279,8 @@ class NavaBackbone(nn.Module):
         parts: dict[str, list[Tensor]] = {}
         for stretch in state.stretches:
             head = getattr(self, "head" + stretch.suffix)
-            parts.setdefault(stretch.suffix, []).append(head(tokens[:, stretch.tokens], embedding, stretch.group))
+            out = head(tokens[:, stretch.tokens], embedding, stretch.group, state.kernels)
+            parts.setdefault(stretch.suffix, []).append(out)
         return {suffix: outs[0] if len(outs) == 1 else torch.cat(outs, dim=1) for suffix, outs in parts.items()}
 
     @staticmethod

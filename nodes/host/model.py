@@ -38,6 +38,7 @@ from ...nava_core.checkpoint import (
     stream_tensors,
 )
 from ...nava_core.geometry import audio_latent_to_tokens, audio_tokens_to_latent
+from .kernels import HOST_KERNELS
 from .latents import absent_parts, audio_steps_of, check_shapes, map_video, shapes_of
 from .prefetch import PREFETCH, fetch_next, prefetch_queue
 from .preview import host_unpacks, video_first
@@ -65,7 +66,12 @@ class HostBackbone(NavaBackbone):
 
     def __init__(self, *, dtype=None, device=None, operations=None, **config):
         super().__init__(
-            BackboneConfig(**config), dtype=dtype, device=device, operations=operations, attention=host_attention
+            BackboneConfig(**config),
+            dtype=dtype,
+            device=device,
+            operations=operations,
+            attention=host_attention,
+            kernels=HOST_KERNELS,
         )
 
     def to(self, *args, memory_format=None, **kwargs):
