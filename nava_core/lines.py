@@ -221,11 +221,12 @@ def _steps(value: Any) -> int:
 
 
 def _preset(value: Any) -> str:
+    name = _text(value)
     try:
-        wanted = find_preset(_text(value))
+        wanted = find_preset(name)
     except ValueError as error:
         raise LineError(str(error)) from None
-    return next(name for name, preset in PRESETS.items() if preset is wanted)  # one content, however it is called
+    return next(key for key, preset in PRESETS.items() if preset is wanted)  # one content, however it is called
 
 
 def _scale(value: Any) -> int:
