@@ -720,7 +720,7 @@ def peaks(scaled) -> dict[str, int]:
     command = [sys.executable, "-c", PEAK, str(ROOT), str(scaled["safetensors"]), str(scaled["ckpt"]), str(TINY)]
     # The real file's tensors are so large that glibc maps each by itself and gives it back at once. Without the fixed
     # threshold it would come to keep these smaller ones in its heap, in gaps that vary from run to run.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return dict(zip(("safetensors", "ckpt", "convert"), map(int, done.stdout.split()), strict=True))
