@@ -32,6 +32,7 @@ EXAMPLES = """examples:
   nava generate "A man asks <S>Ready?<E>, a woman answers <S>Ready.<E>" --models models \\
        --voice 1=man.wav --voice 2=woman.wav --seconds 8 --size portrait --seed 7
   nava generate "A bell rings." --models models --lora few_steps.safetensors:0.9 --preset distilled
+  nava generate "A ship's horn, far off." --models models --memory 6GB        on a small GPU, or beside other programs
   nava generate "A radio voice says <S>It is eight o'clock.<E>" --models models --audio-only --seconds 4"""
 
 BOUND = re.compile(r"(\d+(?:,\d+)*)=(.+)", re.DOTALL)

@@ -38,6 +38,7 @@ SCALES = {
     "audio_align": "how closely the sound follows the picture (2)",
     "audio_timbre": "how closely speech follows the reference voices (3)",
 }
+PLACED = ("encoder_device", "vae_device")  # options that put a part on a device of its own
 SIZE = re.compile(r"(\d{1,5})[xX×](\d{1,5})")
 
 
@@ -154,6 +155,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=["auto", *(name for name in DTYPES if name != "fp8")],
         help="type that the video VAE decodes in, if not that of --dtype; fp32 as the makers do takes twice the memory",
     )
+    group.add_argument(
+        "--memory",
+        metavar="AMOUNT",
+        help="what may be taken of the GPU: 6GB, 80%%, ...; weights that do not fit are streamed from RAM "
+        "(default: what is free)",
+    )
+    group.add_argument(
+        "--encoder-device", metavar="DEVICE", help="another device for the text encoder: cpu, cuda:1 ..."
+    )
+    group.add_argument("--vae-device", metavar="DEVICE", help="another device for both VAEs: cpu, cuda:1 ...")
 
 
 def model_files(args: argparse.Namespace) -> Any:
@@ -199,6 +210,7 @@ def pipeline_opener(
     opener = args.open_pipeline or NavaPipeline.from_files
     device, options = device_of(args), types_of(args)
     parallel = parallel_of(args, files, device.type)
+    options |= placement_of(args, device, parallel)
     if parallel is not None and args.lora:
         raise UsageError("--lora: LoRAs are not merged in the workers of --parallel: leave out one of them.")
     if parallel is not None:
@@ -253,7 +265,8 @@ def portable_opener(
     from ..pipeline import NavaPipeline
 
     opener = args.open_pipeline or NavaPipeline.from_files
-    return partial(opener, files, device=device, keep_loaded=keep_loaded, loras=args.lora, **types_of(args))
+    options = {**types_of(args), **_placement_in_workers(args, device)}
+    return partial(opener, files, device=device, keep_loaded=keep_loaded, loras=args.lora, **options)
 
 
 def device_of(args: argparse.Namespace) -> Any:
@@ -264,6 +277,42 @@ def device_of(args: argparse.Namespace) -> Any:
         return choose_device(None if args.device == "auto" else args.device)
     except ValueError as error:
         raise UsageError(f"--device: {error}") from None
+
+
+def placement_of(args: argparse.Namespace, device: Any, parallel: Any = None) -> dict[str, Any]:
+    """--memory, --encoder-device and --vae-device, checked, where given. Raises UsageError."""
+    from ..pipeline import check_memory, choose_device
+
+    try:
+        check_memory(args.memory, device, parallel)
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}") from None
+    given = {"memory": args.memory}
+    for name in PLACED:
+        wanted = getattr(args, name)
+        try:
+            given[name] = None if wanted is None else choose_device(wanted)
+        except ValueError as error:
+            raise UsageError(f"--{name.replace('_', '-')}: {error}") from None
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _placement_in_workers(args: argparse.Namespace, device: str | None) -> dict[str, Any]:
+    """The same for workers, each of which has one GPU or none. Raises UsageError."""
+    from ..offload import check_amount
+
+    for name in PLACED:
+        if getattr(args, name) not in (None, "cpu"):
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: a worker has one GPU, so say cpu.")
+    if args.memory is not None:
+        if device == "cpu":
+            raise UsageError("--memory: it is for GPUs, and the workers work on the CPU: leave it out.")
+        try:
+            check_amount(args.memory)
+        except ValueError as error:
+            raise UsageError(f"--memory: {error}") from None
+    given = {name: getattr(args, name) for name in ("memory", *PLACED)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def types_of(args: argparse.Namespace) -> dict[str, Any]:

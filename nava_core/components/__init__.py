@@ -7,8 +7,15 @@ imported where a component is loaded), and nothing is fetched.
 from .audio_vae import AudioVAE, audio_vae_part, diffusers_classes, load_audio_vae
 from .header_check import load_problem, memory_bytes
 from .latent_space import denormalize_video, normalize_video
-from .text_encoder import TextEncoder, load_text_encoder, load_tokenizer
-from .video_vae import VideoVAE, load_video_vae
+from .text_encoder import (
+    TextEncoder,
+    encode_bytes,
+    load_text_encoder,
+    load_tokenizer,
+    text_encoder_config,
+    text_encoder_weights,
+)
+from .video_vae import VideoVAE, empty_video_vae, load_video_vae
 from .weights import holds, need
 
 __all__ = [
@@ -18,6 +25,8 @@ __all__ = [
     "audio_vae_part",
     "check_packages",
     "denormalize_video",
+    "empty_video_vae",
+    "encode_bytes",
     "holds",
     "load_audio_vae",
     "load_problem",
@@ -26,6 +35,8 @@ __all__ = [
     "load_video_vae",
     "memory_bytes",
     "normalize_video",
+    "text_encoder_config",
+    "text_encoder_weights",
 ]
 
 

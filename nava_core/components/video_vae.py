@@ -122,13 +122,18 @@ def load_video_vae(
     another file or an incomplete one, RuntimeError where diffusers is not installed.
     """
     info = recognised(path, FileKind.WAN22_VAE)
+    vae = empty_video_vae(info)
+    with open_checkpoint(info) as source:
+        fill(vae.network, _tensors(source, device, dtype), info.path.name)
+    return vae.eval().requires_grad_(False)
+
+
+def empty_video_vae(info: FileInfo, dtype: torch.dtype = torch.float32) -> VideoVAE:
+    """The VAE of a file without memory for its weights: to be filled, or asked what its work takes."""
     config = video_vae_config(shapes_of(info), info.path.name)
     diffusers = need("diffusers", "The video VAE")
     with torch.device("meta"):
-        network = diffusers.AutoencoderKLWan(**config)
-    with open_checkpoint(info) as source:
-        fill(network, _tensors(source, device, dtype), info.path.name)
-    return VideoVAE(network).eval().requires_grad_(False)
+        return VideoVAE(diffusers.AutoencoderKLWan(**config)).to(dtype)
 
 
 def _tensors(

@@ -11,7 +11,7 @@ latents that the ComfyUI nodes give.
 from ..components import load_problem, memory_bytes
 from .clip import Clip
 from .files import KINDS, NAMES, ModelFiles, find_model_files
-from .memory import Components, choose_device
+from .memory import Components, check_memory, choose_device
 from .pipeline import NavaPipeline
 from .stages import Voice, clip_geometry, clip_noise, default_guidance, fit_picture
 
@@ -23,6 +23,7 @@ __all__ = [
     "ModelFiles",
     "NavaPipeline",
     "Voice",
+    "check_memory",
     "choose_device",
     "clip_geometry",
     "clip_noise",

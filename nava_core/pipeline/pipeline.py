@@ -16,7 +16,7 @@ from ..sampling import FlowUniPC, Guidance, Interrupted, find_preset, flow_sigma
 from . import stages
 from .clip import Clip
 from .files import ModelFiles
-from .memory import Components, choose_device
+from .memory import Components, check_memory, choose_device
 from .stages import Voice, clip_geometry, default_guidance, fit_picture, read_picture
 
 
@@ -33,8 +33,13 @@ class NavaPipeline:
         parallel: Parallel | None = None,
         vae_dtype: torch.dtype | None = None,
         loras: LoraMerge | None = None,
+        memory: int | str | None = None,
+        encoder_device: torch.device | None = None,
+        vae_device: torch.device | None = None,
     ) -> None:
-        self.components = Components(files, device, dtype, say, keep_loaded, parallel, vae_dtype, loras)
+        self.components = Components(
+            files, device, dtype, say, keep_loaded, parallel, vae_dtype, loras, memory, encoder_device, vae_device
+        )
         self._tokenizer = load_tokenizer(files.text_encoder, files.tokenizer)
 
     @classmethod
@@ -49,6 +54,9 @@ class NavaPipeline:
         parallel: Parallel | None = None,
         vae_dtype: torch.dtype | None = None,
         loras: Sequence[Lora] = (),
+        memory: int | str | None = None,
+        encoder_device: torch.device | str | None = None,
+        vae_device: torch.device | str | None = None,
     ) -> NavaPipeline:
         """A pipeline over ``files``, of which only the headers and the tokenizer are read yet.
 
@@ -63,13 +71,23 @@ class NavaPipeline:
         long as the others fit beside it. Otherwise a component is dropped after its work and read again for the next
         clip; ``keep_loaded`` keeps all of them in RAM instead, which suits a batch on a machine with much RAM.
 
+        ``memory``: what may be taken of ``device``, a CUDA GPU: "6GB", "80%" of it, or a number of bytes; None for what
+        is free there. Within it the backbone is resident, or as many of its blocks as fit while the others come from
+        RAM for their turn, with the same results; the text encoder likewise, or else it works on the CPU, as may the
+        encoding of a first frame and the decoding of sound. With a number the allocator is held to it while a component
+        is at work. Memory that runs out all the same is met once in a smaller form of the same stage.
+        ``encoder_device`` and ``vae_device``: another device for the text encoder, and for both VAEs.
+
         ``parallel``: workers that denoise together, a GPU each (or, with the device "cpu", a process each); text
         encoder and VAEs stay in this process.
 
         Raises, in a sentence, FileNotFoundError and WrongFileError for files that are not what they should be or a
-        missing tokenizer, RuntimeError for a missing package, ValueError for a device that is not there.
+        missing tokenizer, RuntimeError for a missing package, ValueError for a device that is not there or an amount of
+        memory that makes no sense.
         """
         device = choose_device(device)
+        others = [None if name is None else choose_device(name) for name in (encoder_device, vae_device)]
+        check_memory(memory, device, parallel)
         files.check()
         check_packages()
         if parallel is not None:
@@ -79,11 +97,17 @@ class NavaPipeline:
         say, merge = say or _say_nothing, LoraMerge(loras, files.backbone)
         for note in merge.notes:
             say(note)
-        return cls(files, device, dtype, say, keep_loaded, parallel, vae_dtype, merge)
+        return cls(files, device, dtype, say, keep_loaded, parallel, vae_dtype, merge, memory, *others)
 
     def unload(self) -> None:
         """Give back all memory; the next clip loads its components again."""
         self.components.unload()
+
+    @property
+    def timing(self) -> dict[str, float]:
+        """Seconds of the latest clip: "loading" and "encoding" so far, and, once its first step is done, what that
+        "step" took and how long after the call it was done ("first_step")."""
+        return dict(self.components.clock.seconds)
 
     def __call__(
         self,
@@ -129,6 +153,7 @@ class NavaPipeline:
         Interrupted when ``should_stop`` says so; FloatingPointError where the network returns NaN or infinity.
         """
         stop, parts = should_stop or _never, self.components
+        parts.clock.restart()
         picture = None if image is None else read_picture(image)
         geometry = clip_geometry(seconds, width, height, mode, picture, size_from_image, image_scale)
         run = None if preset is None else find_preset(preset)
@@ -149,6 +174,15 @@ class NavaPipeline:
             negative_tokens = None
         for warning in warnings:
             parts.say(warning)
+        stages.plan_clip(
+            parts,
+            geometry,
+            guidance,
+            levels,
+            has_voice=timbre is not None,
+            has_text=tokens is not None or negative_tokens is not None,
+            has_first_frame=picture is not None,
+        )
         _check_stop(stop)
         context, null = stages.encode_text(parts, [tokens, negative_tokens])
         _check_stop(stop)
