@@ -10,6 +10,7 @@ the first. A streamed tail would leave each transfer a single block's time.
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -114,7 +115,8 @@ class Streaming:
         del self._model.forward, self._pass
         self._unlock()
         self._make_as_it_was()
-        self._blocks = []
+        self._model, self._blocks = None, []
+        gc.collect()  # diffusers' hooks refer to each other in circles, and to the weights
 
     # ------------------------------------------------------------ what diffusers is shown
 
@@ -243,7 +245,6 @@ def _unhook(module: nn.Module) -> None:
     registry = module._diffusers_hook
     for name in HOOKS:
         registry.remove_hook(name, recurse=False)
-    # what it leaves: references in circles, which would keep the weights in memory
     del module._diffusers_hook
     module.__dict__.pop("forward", None)
 

@@ -375,7 +375,7 @@ class Components:
         there = _free_bytes(device) + reserved_bytes(device)
         limit = self.limit if device == self.device else None
         budget = there - WORKSPACE if limit is None else min(limit, there)
-        return min(budget, self._ceilings.get(role, budget))
+        return max(0, min(budget, self._ceilings.get(role, budget)))
 
     def _place_backbone(self, geometry: ClipGeometry, together: int, budget: int) -> tuple[Placement, bool]:
         demand = self._backbone_demand(geometry, together)

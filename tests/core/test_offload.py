@@ -128,8 +128,8 @@ class Scaled(torch.Tensor):
 
 @pytest.mark.parametrize(
     ("wanted", "amount"),
-    [("6GB", 6 * GB), ("6 gb", 6 * GB), ("1.5g", 1.5 * GB), ("6GiB", 6 * 2**30), ("700M", 700 * 10**6), ("512MiB", 2**29),
-     ("80%", 6.4 * GB), (123456789, 123456789), ("123456789", 123456789), ("100 %", 8 * GB)],
+    [("6GB", 6 * GB), ("6 gb", 6 * GB), ("1.5g", 1.5 * GB), ("6GiB", 6 * 2**30), ("700M", 700 * 10**6),
+     ("512MiB", 2**29), ("80%", 6.4 * GB), (123456789, 123456789), ("123456789", 123456789), ("100 %", 8 * GB)],
 )  # fmt: skip
 def test_amounts_of_memory(wanted, amount):
     assert amount_of_memory(wanted, 8 * GB) == amount
@@ -254,7 +254,7 @@ def test_a_pass_takes_the_streamed_bytes_and_holds_two_blocks(gpu):
     assert resident > sum(sizes)
     for streamed in (spread(9, 3), spread(9, 9)):
         model = backbone()
-        Streaming(model, [*model.double_blocks, *model.single_blocks], streamed, CUDA)
+        stream = Streaming(model, [*model.double_blocks, *model.single_blocks], streamed, CUDA)
         for _ in range(3):
             run(model, device="cuda")
             gpu.peak, gpu.transfers = gpu.used, 0
@@ -263,7 +263,7 @@ def test_a_pass_takes_the_streamed_bytes_and_holds_two_blocks(gpu):
             assert gpu.transfers == inputs + away
             assert gpu.used <= resident - away + 8192
             assert gpu.peak <= resident - away + buffer_bytes(sizes, streamed) + work
-        gc.collect()
+        stream.close()
 
 
 def test_buffers_and_tensors_with_tensors_inside_come_and_go_too(gpu):
@@ -361,11 +361,10 @@ def test_a_closed_model_is_gone_with_its_last_reference(gpu):
     model = backbone()
     stream = stream_blocks(model, "cuda", 0.3)
     run(model, device="cuda")
-    stream.close()
     block, gone = weakref.ref(model.single_blocks[0]), weakref.ref(model)
-    gc.collect()
     gc.disable()
     try:
+        stream.close()
         del model, stream
         assert gone() is block() is None
     finally:
