@@ -280,39 +280,43 @@ def device_of(args: argparse.Namespace) -> Any:
 
 
 def placement_of(args: argparse.Namespace, device: Any, parallel: Any = None) -> dict[str, Any]:
-    """--memory, --encoder-device and --vae-device, checked, where given. Raises UsageError."""
+    """--memory, --encoder-device and --vae-device, checked, as far as they were given. Raises UsageError."""
     from ..pipeline import check_memory, choose_device
 
+    given = _given_places(args)
     try:
-        check_memory(args.memory, device, parallel)
+        check_memory(given.get("memory"), device, parallel)
     except ValueError as error:
         raise UsageError(f"--memory: {error}") from None
-    given = {"memory": args.memory}
-    for name in PLACED:
-        wanted = getattr(args, name)
+    for name in set(PLACED) & set(given):
         try:
-            given[name] = None if wanted is None else choose_device(wanted)
+            given[name] = choose_device(given[name])
         except ValueError as error:
             raise UsageError(f"--{name.replace('_', '-')}: {error}") from None
-    return {name: value for name, value in given.items() if value is not None}
+    return given
 
 
 def _placement_in_workers(args: argparse.Namespace, device: str | None) -> dict[str, Any]:
     """The same for workers, each of which has one GPU or none. Raises UsageError."""
     from ..offload import check_amount
 
+    given = _given_places(args)
     for name in PLACED:
-        if getattr(args, name) not in (None, "cpu"):
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: a worker has one GPU, so say cpu.")
-    if args.memory is not None:
+        if given.get(name, "cpu") != "cpu":
+            raise UsageError(f"--{name.replace('_', '-')} {given[name]}: a worker has one GPU, so say cpu.")
+    if "memory" in given:
         if device == "cpu":
             raise UsageError("--memory: it is for GPUs, and the workers work on the CPU: leave it out.")
         try:
-            check_amount(args.memory)
+            check_amount(given["memory"])
         except ValueError as error:
             raise UsageError(f"--memory: {error}") from None
-    given = {name: getattr(args, name) for name in ("memory", *PLACED)}
-    return {name: value for name, value in given.items() if value is not None}
+    return given
+
+
+def _given_places(args: argparse.Namespace) -> dict[str, str]:
+    options = {name: getattr(args, name, None) for name in ("memory", *PLACED)}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def types_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks import backbone as benchmark
+from benchmarks import streaming
 from benchmarks.plain import PlainBackbone
 from nava_core.backbone import BackboneConfig, NavaBackbone
 
@@ -155,3 +156,27 @@ def test_wrong_arguments_end_in_a_sentence(arguments, words, capsys):
 def test_results_that_are_not_finite_are_refused():
     with pytest.raises(RuntimeError, match="not finite"):
         benchmark.difference((None, torch.tensor([float("nan")])), (None, torch.ones(1)))
+
+
+def test_the_streaming_command_reports_every_share(tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    path = tmp_path / "figures.json"
+    streaming.main(["--steps", "2", "--weights", "fp8", "--json", str(path)])
+    report = json.loads(path.read_text())
+    assert [case["resident"] for case in report["cases"]] == [1.0, 0.5, 0.25, 0.0]
+    assert [len(case["streamed_blocks"]) for case in report["cases"]] == [0, 5, 7, 9]
+    for case in report["cases"]:
+        assert case["equal_to_resident"]
+        assert case["step_seconds"] > 0
+        assert case["first_step_seconds"] > 0
+        assert case["live_bytes_beside_weights"] > 0
+    assert "| 25% |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--size", "64x64"], "WIDTHxHEIGHTxLATENT_FRAMES"), (["--steps", "1"], "at least 2")]
+)
+def test_wrong_arguments_of_streaming_end_in_a_sentence(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        streaming.main(arguments)
+    assert words in capsys.readouterr().err

@@ -136,6 +136,60 @@ def test_a_device_that_is_not_there(nava, models):
     assert str(nava.pipeline.options["device"]) == "cpu"
 
 
+def test_parts_on_devices_of_their_own_and_a_limit_of_memory(nava, models, monkeypatch):
+    generate = ("generate", "a", "--models", models)
+    assert nava(*generate)[0] == 0
+    assert not {"memory", "encoder_device", "vae_device"} & set(nava.pipeline.options)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: (7 * 10**9, 8 * 10**9))
+    code, _, err = nava(*generate, "--memory", "6GB", "--encoder-device", "cpu", "--vae-device", "cuda:1")
+    assert code == 0, err
+    options = nava.pipeline.options
+    assert (options["memory"], str(options["encoder_device"]), str(options["vae_device"])) == ("6GB", "cpu", "cuda:1")
+    for arguments, words in (
+        (["--memory", "much"], "--memory: 'much' is no amount of memory: give one such as 6GB"),
+        (["--memory", "9GB"], "--memory: 9GB is more memory than there is: the GPU has 8.0 GB in all"),
+        (["--memory", "6GB", "--device", "cpu"], "is for a CUDA GPU, and the backbone works on cpu"),
+        (["--encoder-device", "cuda:2"], "--encoder-device: There is no device cuda:2 here"),
+        (["--vae-device", "attic"], "--vae-device: There is no device attic here"),
+    ):
+        code, _, err = nava(*generate, *arguments)
+        assert code == 2
+        assert words in sentence(err)
+
+
+def test_parallel_workers_and_a_limit_of_memory_exclude_each_other(nava, models, monkeypatch):
+    monkeypatch.setattr("nava_core.parallel.Parallel.check", lambda *_: None)
+    arguments = ("generate", "a", "--models", models, "--parallel", "2", "--memory", "6GB", "--device", "cpu")
+    code, _, err = nava(*arguments)
+    assert code == 2
+    assert "is for one GPU, not for parallel workers: leave out one of the two" in sentence(err)
+
+
+def test_workers_of_a_batch_take_a_limit_each(nava, models, tmp_path, monkeypatch):
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n')
+    batch = ("batch", "b.jsonl", "--out", "clips", "--models", models, "--workers", "2")
+    opened = []
+
+    def runner(opener, watcher, **settings):
+        opened.append(opener.keywords)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("nava_core.parallel.batch.WorkersRunner", runner)
+    nava(*batch, "--memory", "80%", "--encoder-device", "cpu")
+    assert (opened[0]["memory"], opened[0]["encoder_device"]) == ("80%", "cpu")
+    for arguments, words in (
+        (["--memory", "80"], None),
+        (["--memory", "80X"], "--memory: '80X' is no amount"),
+        (["--memory", "6GB", "--device", "cpu"], "--memory: it is for GPUs"),
+        (["--vae-device", "cuda:1"], "--vae-device cuda:1: a worker has one GPU, so say cpu"),
+    ):
+        code, _, err = nava(*batch, *arguments)
+        assert code == (1 if words is None else 2)
+        assert (words or "far enough") in err
+
+
 # --- generate ----------------------------------------------------------------------------------------------------
 
 

@@ -182,8 +182,9 @@ def test_a_budget_is_kept_for_clips_of_several_sizes_and_fp8_weights(models, gpu
 
 def test_a_whole_clip_within_a_budget_with_all_that_is_decoded(files, gpu):
     whole = opened(files)(PROMPT, **SHORT, **BOTH)
-    gpu.peak, budget = gpu.used, 25 * MB
-    clip = opened(files, memory=budget)(PROMPT, **SHORT, **BOTH)
+    gpu.peak, budget, limits = gpu.used, 25 * MB, []
+    clip = opened(files, memory=budget)(PROMPT, **SHORT, **BOTH, callback=lambda *_: limits.append(gpu.limit))
+    assert limits == [budget, budget]  # the allocator's, while a component is at work
     assert gpu.peak <= budget
     assert torch.equal(clip.frames, whole.frames)
     assert torch.equal(clip.waveform, whole.waveform)
