@@ -23,12 +23,13 @@ UNWRITTEN = 255  # a byte that makes every floating type NaN
 
 class PlayedGpu(contextlib.ExitStack):
     """Context in which there is a GPU with ``total`` bytes. ``used``, ``peak``, ``limit`` (of the allocator) in bytes;
-    ``transfers``: bytes sent to it; ``locked``: page-locked stretches of RAM, (address, size)."""
+    ``transfers``: bytes sent to it; ``locked``: page-locked stretches of RAM, (address, size); ``pinned``: bytes in
+    page-locked copies there, and ``most_pinned`` at any time."""
 
     def __init__(self, total: int, monkeypatch) -> None:
         super().__init__()
         self.total, self.limit = total, total
-        self.used = self.peak = self.transfers = 0
+        self.used = self.peak = self.transfers = self.pinned = self.most_pinned = 0
         self.locked: list[tuple[int, int]] = []
         self.lockable = 2**62
         self.side: SideStream | None = None  # the stream that is current, where it is not the one that computes
@@ -58,6 +59,17 @@ class PlayedGpu(contextlib.ExitStack):
         self.used += size
         self.peak = max(self.peak, self.used)
         weakref.finalize(storage, self._give_back, key)
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A page-locked copy."""
+        copy = tensor.clone()
+        self.pinned += copy.nbytes
+        self.most_pinned = max(self.most_pinned, self.pinned)
+        weakref.finalize(copy.untyped_storage(), self._unpin, copy.nbytes)
+        return copy
+
+    def _unpin(self, size: int) -> None:
+        self.pinned -= size
 
     def _give_back(self, key: int) -> None:
         self.used -= self._on_gpu.pop(key, 0)
@@ -188,7 +200,7 @@ class _Functions(TorchFunctionMode):
         if func == torch.Tensor.device.__get__:
             return CUDA if gpu.has(args[0]) else func(*args)
         if func is torch.Tensor.pin_memory:
-            return args[0]
+            return args[0] if gpu.is_locked(args[0]) else gpu.pin(args[0])
         if func is torch.Tensor.is_pinned:
             return gpu.is_locked(args[0])
         if func is torch.Tensor.cpu:

@@ -18,7 +18,8 @@ from benchmarks.live_memory import LiveMemory
 from nava_core import sampling  # noqa: F401 - its denoise module is looked up below
 from nava_core.backbone import BackboneConfig, NavaBackbone, activation_bytes
 from nava_core.backbone.blocks import FusionBlock
-from nava_core.checkpoint import assign_tensor
+from nava_core.checkpoint import assign_tensor, describe_file
+from nava_core.checkpoint.source import SafetensorsSource
 from nava_core.components import TextEncoder, VideoVAE, encode_bytes
 from nava_core.components.text_encoder import _network, _tie
 from nava_core.convert import convert
@@ -365,6 +366,30 @@ def test_the_backbone_waits_where_it_is_for_a_clip_of_the_same_plan(files, gpu, 
 
 
 @pytest.mark.usefixtures("_latents_only")
+def test_what_stays_in_ram_as_it_is_in_the_file_is_mapped(files, gpu, monkeypatch):
+    mapped = []
+    original = SafetensorsSource.map
+
+    def map_(self, name):
+        mapped.append((self.info.path.name, name))
+        return original(self, name)
+
+    monkeypatch.setattr(SafetensorsSource, "map", map_)
+    NavaPipeline.from_files(files, device="cpu")(PROMPT, **SHORT)
+    tensors = describe_file(files.backbone).model_tensors
+    assert {name for file, name in mapped if file == "wide.safetensors"} == set(tensors)
+    assert ("deep.safetensors", "encoder.block.3.layer.0.SelfAttention.q.weight") in mapped
+    mapped.clear()
+    pipeline = opened(files, memory=int(8.5 * MB))
+    pipeline(PROMPT, **SHORT)
+    names = memory._block_names(describe_file(files.backbone))
+    streamed = [f"{names[index]}." for index in pipeline.components.plan.backbone.streamed]
+    of_blocks = {name for name in tensors if name.startswith(tuple(streamed))}
+    assert {name for file, name in mapped if file == "wide.safetensors"} == of_blocks
+    assert ("deep.safetensors", "shared.weight") in mapped
+
+
+@pytest.mark.usefixtures("_latents_only")
 @pytest.mark.parametrize("keep_loaded", [False, True])
 def test_a_streamed_backbone_leaves_for_what_does_not_fit_beside_it(files, gpu, keep_loaded):
     pipeline = opened(files, memory=int(8.5 * MB), keep_loaded=keep_loaded)
@@ -444,6 +469,24 @@ def test_text_that_takes_too_much_is_encoded_once_more_in_a_smaller_form(files, 
         pipeline(PROMPT, **SHORT)
     assert "--encoder-device cpu" in explain(short.value)
     assert same(pipeline(PROMPT, **SHORT), expected)  # and the next clip is made
+
+
+@pytest.mark.usefixtures("_latents_only")
+def test_a_waiting_backbone_leaves_before_text_is_encoded_once_more(files, gpu, monkeypatch):
+    pipeline = opened(files)
+    expected = pipeline(PROMPT, **SHORT)
+    there = []
+    original = TextEncoder.encode
+
+    def encode(self, ids):
+        there.append("backbone" in pipeline.components._kept)
+        if len(there) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, ids)
+
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+    assert same(pipeline(PROMPT, **SHORT), expected)
+    assert there == [True, False, False]
 
 
 @pytest.mark.usefixtures("_latents_only")

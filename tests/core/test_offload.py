@@ -417,6 +417,7 @@ def test_waiting_blocks_lie_in_one_locked_stretch_each(gpu):
     held = sum(p.nbytes for block in blocks for p in block.parameters())
     assert held <= stream.locked_bytes == sum(size for _, size in gpu.locked) < held + 100 * 64 * len(blocks)
     assert same(run(model, device="cuda", dtype=torch.bfloat16), expected)
+    assert gpu.most_pinned == 0  # the stretches are the only page-locked memory, and the only copy
     del stream, model, blocks
     gc.collect()
     assert gpu.locked == []
@@ -438,8 +439,13 @@ def test_what_cannot_be_locked_is_streamed_all_the_same(gpu, monkeypatch, limit)
         f"{len(gpu.locked)} of 9 streamed blocks lie in page-locked memory; for more, RAM is short. The others are "
         "copied through a buffer, which takes longer."
     ]
+    assert gpu.pinned == 0  # no second copy of what waits
     for _ in range(2):
         assert same(run(model, device="cuda"), expected)
+    gc.collect()
+    assert gpu.pinned == 0
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in (*model.double_blocks, *model.single_blocks)]
+    assert 0 < gpu.most_pinned <= 2 * max(sizes)  # a buffer for the blocks under way
 
 
 # ---------------------------------------------------------------- loading
