@@ -45,6 +45,8 @@ class PlayedGpu(contextlib.ExitStack):
         return self
 
     def has(self, tensor: torch.Tensor) -> bool:
+        if hasattr(tensor, "__tensor_flatten__"):  # a shell around tensors
+            return all(self.has(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
         return tensor.untyped_storage()._cdata in self._on_gpu
 
     def take(self, tensor: torch.Tensor) -> None:
