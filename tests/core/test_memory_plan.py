@@ -28,7 +28,7 @@ from nava_core.explain import TooLittleMemoryError, explain
 from nava_core.geometry import ClipGeometry
 from nava_core.offload import plan, spread
 from nava_core.parallel import Parallel
-from nava_core.pipeline import ModelFiles, NavaPipeline, memory, stages
+from nava_core.pipeline import Components, ModelFiles, NavaPipeline, memory, stages
 from nava_core.prompt.umt5 import UMT5Config
 from nava_core.sampling import Guidance, flow_sigmas
 
@@ -87,7 +87,7 @@ def _small_scale(monkeypatch):
     monkeypatch.setattr(memory, "SLACK", SLACK)
     monkeypatch.setattr(memory, "WORKSPACE", SLACK)
     monkeypatch.setattr(memory, "MOST_TOKENS", 48)  # the attention of 512 would be far larger than the models
-    monkeypatch.setattr(memory.AudioVAE, "decode_bytes", staticmethod(lambda _: 8 * MB))
+    monkeypatch.setattr(memory.AudioVAE, "decode_bytes", staticmethod(lambda *_: 8 * MB))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -108,6 +108,15 @@ def _latents_only(monkeypatch):
 
 def opened(files, said=None, **options):
     return NavaPipeline.from_files(files, device="cuda", say=[].append if said is None else said.append, **options)
+
+
+def budget_for(files, resident, *, together=1, seconds=0.5, width=64, height=32, mode="video+audio", **_):
+    """The bytes with which so many of a clip's nine blocks are resident."""
+    components = Components(files, torch.device("cuda"), None, print, False)
+    demand = components._backbone_demand(ClipGeometry(seconds, width, height, mode), together)
+    work = demand.work if together == 1 else demand.batched
+    streamed = spread(9, 9 - resident) if resident < 9 else ()
+    return demand.weights.on_device(streamed) + work + SLACK
 
 
 def latents(clip):
@@ -148,20 +157,20 @@ def test_a_budget_is_kept_and_the_clip_is_the_same(files, gpu, kind):
     settings = {**SHORT, **KINDS[kind]}
     whole = both_ways(files, PROMPT, **settings)
     seen = set()
-    for budget in (30, 12.6, 11, 10, 9.2, 8.5):
+    for budget in (30 * MB, *(budget_for(files, resident, **settings) for resident in (9, 6, 3, 1, 0))):
         gpu.peak, said = gpu.used, []
-        pipeline = opened(files, said, memory=int(budget * MB))
+        pipeline = opened(files, said, memory=budget)
         clip = pipeline(PROMPT, **settings)
-        assert gpu.peak <= budget * MB, said
+        assert gpu.peak <= budget, said
         assert gpu.limit == gpu.total  # the allocator's limit ends with the work
         assert same(clip, whole[pipeline.components.plan.batched]), budget
         assert not [sentence for sentence in said if "Out of memory" in sentence]
         where = pipeline.components.plan.backbone
-        assert said[0].startswith(f"Budget {budget:.2f} MB: backbone {where}"), said[0]
+        assert said[0].startswith(f"Budget {budget / MB:.2f} MB: backbone {where}"), said[0]
         seen.add(len(where.streamed))
         pipeline.unload()
-    assert 0 in seen
-    assert len(seen) >= 3
+    assert {0, 9} <= seen
+    assert len(seen) >= 4
 
 
 @pytest.mark.usefixtures("_latents_only")
@@ -170,9 +179,7 @@ def test_a_budget_is_kept_for_clips_of_several_sizes_and_fp8_weights(models, gpu
     files = ModelFiles(models["fp8"], *(models[role] for role in ("text_encoder", "video_vae", "audio_vae")))
     settings = {**SHORT, **dict(zip(("width", "height", "seconds"), size, strict=True))}
     expected = both_ways(files, PROMPT, **settings)
-    demand = opened(files).components._backbone_demand(ClipGeometry(size[2], *size[:2]), 2)
-    budgets = [demand.weights.on_device(spread(9, count)) + demand.work + SLACK for count in (5, 9)]
-    for budget in budgets:
+    for budget in (budget_for(files, resident, **settings) for resident in (4, 0)):
         gpu.peak = gpu.used
         pipeline = opened(files, memory=budget)
         assert same(pipeline(PROMPT, **settings), expected[pipeline.components.plan.batched])
@@ -197,11 +204,12 @@ def test_without_a_budget_it_is_what_is_free(files, gpu, monkeypatch):
     expected = both_ways(files, PROMPT, **SHORT)
     opened(files, said)(PROMPT, **SHORT)
     assert not [sentence for sentence in said if sentence.startswith("Budget")]
-    taken = torch.empty(100 * MB - 12 * MB, dtype=torch.uint8, device="cuda")  # another program's
+    budget = budget_for(files, 3)
+    taken = torch.empty(100 * MB - SLACK - budget, dtype=torch.uint8, device="cuda")  # another program's
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: gpu.used - taken.nbytes)
     pipeline = opened(files, said)
     clip = pipeline(PROMPT, **SHORT)
-    assert [s for s in said if s.startswith("Budget 9.40 MB: backbone streamed, ")]
+    assert [sentence for sentence in said if sentence.startswith(f"Budget {budget / MB:.2f} MB: backbone streamed, ")]
     assert same(clip, expected[pipeline.components.plan.batched])
 
 
@@ -216,7 +224,9 @@ def test_loras_are_merged_into_streamed_blocks_too(files, gpu, tmp_path):
     loras = [tmp_path / "lora.safetensors"]
     with predictions_apart():
         plain = opened(files)(PROMPT, **SHORT)
-        resident, streamed = (opened(files, loras=loras, memory=m)(PROMPT, **SHORT) for m in (None, 8_500_000))
+        resident, streamed = (
+            opened(files, loras=loras, memory=m)(PROMPT, **SHORT) for m in (None, budget_for(files, 1))
+        )
     assert same(streamed, resident)
     assert not same(streamed, plain)
 
@@ -247,7 +257,7 @@ def test_denoising_takes_what_is_planned_with_at_the_released_size(monkeypatch, 
             loop.denoise(network, video.clone(), audio.clone(), context, negative=context.clone(), **settings, **voice)
         work = memory.LATENT_COPIES * (video.nbytes + audio.nbytes)
         work += activation_bytes(config, 3 if batched else 1, geometry.tokens, 2)
-        assert 0.9 * work < live.peak < 1.01 * work, (batched, live.peak, work)
+        assert 0.9 * work < live.peak < work + 0.1 * 2**29, (batched, live.peak, work)  # the room is five times that
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -327,7 +337,7 @@ def test_parts_work_on_the_devices_chosen_for_them(files, gpu, monkeypatch):
 @pytest.mark.usefixtures("_latents_only")
 def test_a_part_with_a_device_of_its_own_does_not_leave_it(files, gpu):
     said = []
-    pipeline = opened(files, said, memory=9 * MB, encoder_device="cuda")
+    pipeline = opened(files, said, memory=budget_for(files, 2), encoder_device="cuda")
     pipeline.components._ceilings["text_encoder"] = SLACK
     pipeline(PROMPT, **SHORT)
     assert pipeline.components.plan.text_encoder == plan.Placement(torch.device("cuda"), tuple(range(LAYERS)), LAYERS)
@@ -345,7 +355,7 @@ def test_the_backbone_waits_where_it_is_for_a_clip_of_the_same_plan(files, gpu, 
             return original(*args, **options)
 
         monkeypatch.setattr(memory, name, load)
-    pipeline = opened(files, memory=12 * MB)
+    pipeline = opened(files, memory=budget_for(files, 6))
     components = pipeline.components
     monkeypatch.setattr(stages, "BATCH_TOKENS", 0)
     first = pipeline(PROMPT, **SHORT)
@@ -355,11 +365,13 @@ def test_the_backbone_waits_where_it_is_for_a_clip_of_the_same_plan(files, gpu, 
     assert components._streams["backbone"] is stream
     assert [name for name, _ in loaded] == ["load_text_encoder", "load_backbone", "load_text_encoder"]
     assert same(first, again)
-    larger = pipeline(PROMPT, **{**SHORT, "width": 192, "height": 160, "seconds": 1})
+    size = {**SHORT, "width": 128, "height": 96, "seconds": 1}
+    assert budget_for(files, 0, **size) < components.limit
+    larger = pipeline(PROMPT, **size)
     assert len(components._streams["backbone"].streamed) > len(stream.streamed)
     assert sum(name == "load_backbone" for name, _ in loaded) == 1  # moved, not read again
     pipeline.unload()
-    assert same(larger, pipeline(PROMPT, **{**SHORT, "width": 192, "height": 160, "seconds": 1}))
+    assert same(larger, pipeline(PROMPT, **size))
     components.unload()
     assert gpu.used < 20_000
     assert gpu.locked == []
@@ -380,7 +392,7 @@ def test_what_stays_in_ram_as_it_is_in_the_file_is_mapped(files, gpu, monkeypatc
     assert {name for file, name in mapped if file == "wide.safetensors"} == set(tensors)
     assert ("deep.safetensors", "encoder.block.3.layer.0.SelfAttention.q.weight") in mapped
     mapped.clear()
-    pipeline = opened(files, memory=int(8.5 * MB))
+    pipeline = opened(files, memory=budget_for(files, 1))
     pipeline(PROMPT, **SHORT)
     names = memory._block_names(describe_file(files.backbone))
     streamed = [f"{names[index]}." for index in pipeline.components.plan.backbone.streamed]
@@ -392,7 +404,7 @@ def test_what_stays_in_ram_as_it_is_in_the_file_is_mapped(files, gpu, monkeypatc
 @pytest.mark.usefixtures("_latents_only")
 @pytest.mark.parametrize("keep_loaded", [False, True])
 def test_a_streamed_backbone_leaves_for_what_does_not_fit_beside_it(files, gpu, keep_loaded):
-    pipeline = opened(files, memory=int(8.5 * MB), keep_loaded=keep_loaded)
+    pipeline = opened(files, memory=budget_for(files, 1), keep_loaded=keep_loaded)
     first = pipeline(PROMPT, **SHORT)
     components = pipeline.components
     assert "backbone" in components._streams
@@ -525,19 +537,19 @@ def test_a_step_that_runs_out_is_made_again_with_predictions_apart_and_half_the_
 
 
 @pytest.mark.usefixtures("_latents_only")
-@pytest.mark.parametrize("budget", [None, 9_400_000])
+@pytest.mark.parametrize("resident", [9, 2])
 @pytest.mark.parametrize("at", [3, 60, 100])
-def test_a_retried_run_is_the_same_clip_to_the_last_bit(files, gpu, monkeypatch, budget, at):
+def test_a_retried_run_is_the_same_clip_to_the_last_bit(files, gpu, monkeypatch, resident, at):
     """Where predictions were apart before: the solvers go on from what they had."""
     settings, said = {**SHORT, "steps": 5, "voices": [VOICE]}, []
     with predictions_apart():
         expected = opened(files)(PROMPT, **settings)
         shortage = Shortage(monkeypatch, FusionBlock, "forward", {at})
-        pipeline = opened(files, said, memory=budget)
+        pipeline = opened(files, said, memory=budget_for(files, resident, **settings))
         assert same(pipeline(PROMPT, **settings), expected)
     assert shortage.calls > 5 * 4 * 6
     assert sum(sentence.startswith("Out of memory") for sentence in said) == 1
-    assert len(pipeline.components.plan.backbone.streamed) >= (5 if budget is None else 8)
+    assert len(pipeline.components.plan.backbone.streamed) == 9 - resident // 2
 
 
 @pytest.mark.usefixtures("_latents_only")
