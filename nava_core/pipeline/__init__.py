@@ -4,22 +4,33 @@
     pipeline = NavaPipeline.from_files(files)
     pipeline("A woman on a pier says: <S>The storm has passed.<E>", seconds=6).save("clip.mp4")
 
+A clip's latents can be kept between the two: ``latents = pipeline.denoise(...)``, ``latents.save("clip.latents.
+safetensors")``, and at any time ``pipeline.save(ClipLatents.load(...), "clip.mp4")``, which writes each frame as soon
+as it is decoded. :class:`ClipDecoder` does that with the VAEs alone.
+
 Components are read from their files one by one, when their turn comes. The same files, seed and settings give the
 latents that the ComfyUI nodes give.
 """
 
 from ..components import load_problem, memory_bytes
+from ..decoding import Decoding
 from .clip import Clip
-from .files import KINDS, NAMES, ModelFiles, find_model_files
+from .files import KINDS, NAMES, VAES, ModelFiles, find_model_files
+from .latents import ClipLatents, LatentsError
 from .memory import Components, choose_device
-from .pipeline import NavaPipeline
+from .pipeline import ClipDecoder, NavaPipeline
 from .stages import Voice, clip_geometry, clip_noise, default_guidance, fit_picture
 
 __all__ = [
     "KINDS",
     "NAMES",
+    "VAES",
     "Clip",
+    "ClipDecoder",
+    "ClipLatents",
     "Components",
+    "Decoding",
+    "LatentsError",
     "ModelFiles",
     "NavaPipeline",
     "Voice",

@@ -68,7 +68,7 @@ class Components:
         self.wanted_vae_dtype = vae_dtype
         self.say = say
         self.keep_loaded = keep_loaded
-        self.loras = loras or LoraMerge((), files.backbone)
+        self.loras = loras or (None if files.backbone is None else LoraMerge((), files.backbone))
         self._kept: dict[str, torch.nn.Module] = {}
 
     def unload(self) -> None:
@@ -130,7 +130,9 @@ class Components:
         info = describe_file(getattr(self.files, role))
         if role == "audio_vae":
             return memory_bytes(audio_vae_part(info))
-        return estimate_memory(info, {"backbone": self.backbone_dtype, "video_vae": self.vae_dtype}.get(role))
+        if role == "video_vae":
+            return estimate_memory(info, self.vae_dtype)
+        return estimate_memory(info, self.backbone_dtype if role == "backbone" else None)
 
     def make_room(self, needed: int) -> bool:
         """Whether ``needed`` bytes are free on a GPU, once the backbone has left it if need be; True on the CPU."""

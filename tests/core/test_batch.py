@@ -398,10 +398,9 @@ class Takes(fake.FakePipeline):
         super().__init__()
         self.take = take
 
-    def __call__(self, prompt, **request):
-        clip = super().__call__(prompt, **request)
-        clip.request["take"] = self.take
-        return clip
+    def denoise(self, prompt, **request):
+        latents = super().denoise(prompt, **request)
+        return replace(latents, settings={**latents.settings, "take": self.take})
 
 
 def test_remake_leaves_no_earlier_clip(tmp_path):
@@ -542,13 +541,10 @@ def test_models_found_unusable_in_a_clip_end_the_batch(tmp_path, pipeline, fault
     assert statuses(run(source, out, pipeline)) == ["skipped", "made", "made"]
 
 
-def test_a_package_missed_in_saving_ends_the_batch(tmp_path, pipeline, monkeypatch):
-    def save(clip, path):
-        raise ModuleNotFoundError("No module named 'av'", name="av")
-
-    monkeypatch.setattr(fake.FakeClip, "save", save)
+def test_a_package_missed_in_saving_ends_the_batch(tmp_path, pipeline):
+    pipeline.faults = {"DECODE": ModuleNotFoundError("No module named 'av'", name="av")}
     with pytest.raises(ModuleNotFoundError):
-        run(write(tmp_path, {"prompt": "one"}, {"prompt": "two"}), tmp_path / "out", pipeline)
+        run(write(tmp_path, {"prompt": "DECODE"}, {"prompt": "two"}), tmp_path / "out", pipeline)
     assert len(pipeline.requests) == 1
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def files(out):
 class Tells(fake.FakePipeline):
     """Clips that hold what a test wants to know of the worker; some words of a prompt end or delay it."""
 
-    def __call__(self, prompt, *, callback, **request):
+    def denoise(self, prompt, *, callback, **request):
         if prompt.startswith("DIE"):
             marks = Path(prompt.split()[1])
             marks.write_text(f"{marks.read_text() if marks.exists() else ''}{os.getpid()}\n")
@@ -83,15 +84,15 @@ class Tells(fake.FakePipeline):
                 os.kill(os.getpid(), signal.SIGKILL)
         if "SLOW" in prompt:
             time.sleep(0.5)
-        clip = super().__call__(prompt, callback=callback, **request)
+        latents = super().denoise(prompt, callback=callback, **request)
         image = request["image"] and Path(request["image"]).read_bytes().decode()
         voices = [Path(voice).read_bytes().decode() for voice in request["voices"]]
         environment = {name: value for name, value in os.environ.items() if "ALLOC" in name}
-        clip.request = {
+        settings = {
             "prompt": prompt, "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "image": image,
             "voices": voices, "environment": environment,
         }  # fmt: skip
-        return clip
+        return replace(latents, settings=settings)
 
 
 def told(out):

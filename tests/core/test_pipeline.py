@@ -36,6 +36,7 @@ from nava_core.pipeline import (
     choose_device,
     clip_geometry,
     clip_noise,
+    decode,
     default_guidance,
     find_model_files,
     fit_picture,
@@ -89,8 +90,8 @@ def clip(pipeline, picture, voice):
 
 @pytest.fixture
 def _latents_only(monkeypatch):
-    monkeypatch.setattr(stages, "decode_video", lambda *_: None)
-    monkeypatch.setattr(stages, "decode_audio", lambda *_: (None, 0))
+    monkeypatch.setattr(decode, "decode_video", lambda *_: None)
+    monkeypatch.setattr(decode, "decode_audio", lambda *_: (None, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -522,7 +523,7 @@ def assert_all_gone(alive):
 def test_components_are_in_memory_one_at_a_time(files, picture, alive):
     pipeline = NavaPipeline.from_files(files, device="cpu")
     pipeline(PROMPT, image=picture, size_from_image=False, **SHORT)
-    order = ["load_text_encoder", "load_video_vae", "load_backbone", "load_video_vae", "load_audio_vae"]
+    order = ["load_text_encoder", "load_video_vae", "load_backbone", "load_audio_vae", "load_video_vae"]
     assert [(name, others) for name, _, others in alive] == [(name, []) for name in order]
     assert_all_gone(alive)
 
@@ -689,7 +690,7 @@ def test_the_audio_vae_of_a_merged_checkpoint_serves_and_other_parts_are_refused
     of_merged = NavaPipeline.from_files(with_change(files, audio_vae=path), device="cpu")
     assert of_merged.components.weight_bytes("audio_vae") == 4 * sum(tensor.numel() for tensor in sound.values())
     latent = torch.randn(1, 8, 5, 16, generator=torch.Generator().manual_seed(1))
-    sounds = [stages.decode_audio(each.components, latent, 0.1)[0] for each in (of_merged, pipeline)]
+    sounds = [decode.decode_audio(each.components, latent, 0.1)[0] for each in (of_merged, pipeline)]
     assert torch.equal(*sounds)
     with pytest.raises(WrongFileError, match=r"merged\.safetensors is a NAVA backbone, but the Wan2\.2 video VAE"):
         NavaPipeline.from_files(with_change(files, video_vae=path), device="cpu")
