@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import UsageError
+from .options import whole_number
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
@@ -18,15 +18,16 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         "for it (default: auto)",
     )
     group.add_argument(
-        "--tile-size", type=int, default=256, metavar="PIXELS", help="side of a tile; 64 pixels overlap (default: 256)"
+        "--tile-size",
+        type=whole_number(64, 4096),
+        default=256,
+        metavar="PIXELS",
+        help="side of a tile, of which 64 pixels overlap (default: 256)",
     )
 
 
 def decoding_of(args: argparse.Namespace) -> Any:
-    """``Decoding`` of the options. Raises UsageError."""
+    """``Decoding`` of the options."""
     from ..decoding import OVERLAP, Decoding
 
-    try:
-        return Decoding(args.decoding, args.tile_size, min(OVERLAP, args.tile_size // 2))
-    except ValueError as error:
-        raise UsageError(f"--tile-size: {error}") from None
+    return Decoding(args.decoding, args.tile_size, min(OVERLAP, args.tile_size // 2))

@@ -29,6 +29,7 @@ from nava_core.demo import make_small_models  # noqa: E402
 from nava_core.jobs import Defaults  # noqa: E402
 from nava_core.parallel import batch as workers  # noqa: E402
 from nava_core.parallel import cluster  # noqa: E402
+from nava_core.pipeline import ClipLatents  # noqa: E402
 
 FAKE = Path(__file__).with_name("_fake_pipeline.py")
 spec = importlib.util.spec_from_file_location("_fake_pipeline", FAKE)
@@ -186,6 +187,31 @@ def test_pictures_and_voices_travel_and_the_environment_is_clean(tmp_path, ray_h
     assert len({clip["pid"] for clip in clips}) == 2  # both worked
     assert os.getpid() not in {clip["pid"] for clip in clips}
     assert not any("cudaMallocAsync" in value for clip in clips for value in clip["environment"].values())
+
+
+class Undecoded(Tells):
+    """Fails to decode the clips that a mark is there for."""
+
+    def save(self, latents, path, **options):
+        if Path(latents.settings["prompt"]).exists():
+            raise RuntimeError("The GPU is gone.")
+        return super().save(latents, path, **options)
+
+
+def test_latents_travel_and_a_clip_is_finished_from_them(tmp_path, ray_here):
+    mark, out = tmp_path / "mark", tmp_path / "out"
+    mark.touch()
+    source = write(tmp_path, {"prompt": str(mark), "id": "a", "save_latents": True}, {"prompt": "two", "id": "b"})
+    assert statuses(run(source, out, Undecoded)) == ["failed", "made"]
+    path = out / "a.mp4.latents.safetensors"
+    before = path.read_bytes()
+    assert sorted(each.name for each in out.glob("*.latents.safetensors")) == [path.name]
+    denoised = ClipLatents.load(path).settings["pid"]
+    mark.unlink()
+    finished, _ = run(source, out, Undecoded).outcomes
+    assert (finished.status, finished.from_latents, finished.latents) == ("made", True, path.name)
+    assert json.loads((out / "a.mp4").read_text())["pid"] == denoised
+    assert path.read_bytes() == before
 
 
 def test_a_message_names_the_file_that_was_given(tmp_path, ray_here):
