@@ -30,6 +30,7 @@ from nava_core.explain import TooLittleMemoryError, explain
 from nava_core.geometry import ClipGeometry, audio_latent_to_tokens, audio_tokens_to_latent
 from nava_core.media import NonFiniteError
 from nava_core.pipeline import (
+    NAMES,
     VAES,
     Clip,
     ClipDecoder,
@@ -448,7 +449,7 @@ def test_a_decode_that_ends_leaves_no_file_and_no_models(files, latents, alive, 
             pipeline.save(latents, tmp_path / "clip.mp4", should_stop=lambda calls=calls: next(calls, True))
     with pytest.raises(ValueError, match=r"Cannot write clip\.wav: a clip with a picture is written as \.mp4"):
         pipeline.save(latents, tmp_path / "clip.wav")
-    with pytest.raises(FileNotFoundError, match="the folder .*nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"the folder .*nowhere does not exist"):
         pipeline.save(latents, tmp_path / "nowhere" / "clip.mp4")
     assert list(tmp_path.iterdir()) == []
     assert_all_gone(alive)
@@ -775,9 +776,7 @@ def test_wrong_files_are_refused_when_the_pipeline_is_made(files, models):
 
 def test_a_pipeline_without_a_needed_file_is_refused(files):
     for role in ROLES[:4]:
-        with pytest.raises(
-            FileNotFoundError, match=f"There is no {role.replace('_', ' ').replace('vae', 'VAE')} among"
-        ):
+        with pytest.raises(FileNotFoundError, match=f"There is no {NAMES[role]} among the model files"):
             NavaPipeline.from_files(with_change(files, **{role: None}), device="cpu")
 
 
