@@ -4,9 +4,11 @@
     pipeline = NavaPipeline.from_files(files)
     pipeline("A woman on a pier says: <S>The storm has passed.<E>", seconds=6).save("clip.mp4")
 
-A clip's latents can be kept between the two: ``latents = pipeline.denoise(...)``, ``latents.save("clip.latents.
-safetensors")``, and at any time ``pipeline.save(ClipLatents.load(...), "clip.mp4")``, which writes each frame as soon
-as it is decoded. :class:`ClipDecoder` does that with the VAEs alone.
+    latents = pipeline.denoise("A woman on a pier ...")
+    latents.save("clip.latents.safetensors")
+    pipeline.save(latents, "clip.mp4")          # each frame as soon as it is decoded
+
+:class:`ClipDecoder` does the last with the VAEs alone, at any time, from ``ClipLatents.load(...)``.
 
 Components are read from their files one by one, when their turn comes. The same files, seed and settings give the
 latents that the ComfyUI nodes give.

@@ -144,7 +144,7 @@ def test_tiled_decoding(comfy):
     whole, one_tile, tiled = run("whole"), run("tiled", tile_size=256), run("tiled", tile_size=64)
     assert whole.shape == tiled.shape == (13, 128, 96, 3)
     assert (whole == one_tile).all()
-    assert 0 < numpy.abs(whole - tiled).mean() < 10
+    assert 0 < numpy.abs(whole - tiled).mean() < 20  # of 255 levels, with random weights
     assert tiled.std(axis=(1, 2, 3)).min() > 4
 
 
