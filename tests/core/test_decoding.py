@@ -124,6 +124,8 @@ def test_two_streams_at_a_time_and_an_encode_between_do_not_meet(vae):
     assert torch.equal(vae.encode(frame), expected[2])
     assert torch.equal(torch.cat([parts[0], parts[2], *first]), expected[0])
     assert torch.equal(torch.cat([parts[1], *second]), expected[1])
+    third = vae.stream(one.clone().requires_grad_())
+    assert not next(third).requires_grad
     assert torch.is_grad_enabled()  # which a stream leaves as it was, between its parts too
 
 
