@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,37 +155,42 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=["auto", *(name for name in DTYPES if name != "fp8")],
         help="type that the video VAE decodes in, if not that of --dtype; fp32 as the makers do takes twice the memory",
     )
-    group.add_argument(
-        "--memory",
-        metavar="AMOUNT",
-        help="what may be taken of the GPU: 6GB, 80%%, ...; weights that do not fit are streamed from RAM "
-        "(default: what is free)",
-    )
+    add_memory_option(group)
     group.add_argument(
         "--encoder-device", metavar="DEVICE", help="another device for the text encoder: cpu, cuda:1 ..."
     )
     group.add_argument("--vae-device", metavar="DEVICE", help="another device for both VAEs: cpu, cuda:1 ...")
 
 
-def model_files(args: argparse.Namespace) -> Any:
-    """``ModelFiles`` from --models and the single files, which come before it."""
+def add_memory_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--memory",
+        metavar="AMOUNT",
+        help="what may be taken of the GPU: 6GB, 80%%, ...; what does not fit is streamed from RAM, or done in parts "
+        "or on the CPU (default: what is free)",
+    )
+
+
+def model_files(args: argparse.Namespace, needed: Sequence[str] | None = None) -> Any:
+    """``ModelFiles`` from --models and the single files, which come before it; with ``needed`` of these roles alone."""
     from ..pipeline import ModelFiles, find_model_files
 
-    options = {role: f"--{role.replace('_', '-')}" for role in MODEL_ROLES}
-    given = {role: getattr(args, role) for role in MODEL_ROLES if getattr(args, role) is not None}
+    roles, needed = (tuple(MODEL_ROLES), NEEDED_ROLES) if needed is None else (needed, needed)
+    options = {role: f"--{role.replace('_', '-')}" for role in roles}
+    given = {role: getattr(args, role) for role in roles if getattr(args, role) is not None}
     for role, path in given.items():
         if not path.exists():
             raise UsageError(f"{options[role]}: there is no {path}.")
-    missing = [role for role in NEEDED_ROLES if role not in given]
+    missing = [role for role in needed if role not in given]
     if args.models is None:
         if missing:
-            needed = ", ".join(options[role] for role in missing)
-            raise UsageError(f"Say where the models are: --models FOLDER, or the single files {needed}.")
+            singles = ", ".join(options[role] for role in missing)
+            raise UsageError(f"Say where the models are: --models FOLDER, or the single files {singles}.")
         return ModelFiles(**given)
     if not args.models.is_dir():
         raise UsageError(f"--models: there is no folder {args.models}.")
     try:
-        return find_model_files(args.models, **given)
+        return find_model_files(args.models, roles=roles, **given)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"--models: {error} Single files are given with {', '.join(options.values())}.") from None
 
@@ -320,11 +325,14 @@ def _given_places(args: argparse.Namespace) -> dict[str, str]:
 
 
 def types_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The torch types of --dtype and --vae-dtype, None for auto."""
+    """The torch types of --dtype and --vae-dtype, None for auto, and how pictures are decoded."""
     import torch
 
+    from .decoding import decoding_of
+
     names = {"dtype": args.dtype, "vae_dtype": args.vae_dtype}
-    return {key: None if name == "auto" else getattr(torch, DTYPES[name]) for key, name in names.items()}
+    types = {key: None if name == "auto" else getattr(torch, DTYPES[name]) for key, name in names.items()}
+    return {**types, "decoding": decoding_of(args) if hasattr(args, "decoding") else None}
 
 
 # --- how a clip is made ------------------------------------------------------------------------------------------

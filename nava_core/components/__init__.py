@@ -23,6 +23,7 @@ __all__ = [
     "TextEncoder",
     "VideoVAE",
     "audio_vae_part",
+    "check_decoding_packages",
     "check_packages",
     "denormalize_video",
     "empty_video_vae",
@@ -43,4 +44,9 @@ __all__ = [
 def check_packages() -> None:
     """Raise RuntimeError, in a sentence, where a package that the components are built with is missing or too old."""
     need("transformers", "The text encoder")
+    check_decoding_packages()
+
+
+def check_decoding_packages() -> None:
+    """As :func:`check_packages`, of the packages that the VAEs are built with."""
     diffusers_classes()

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from ..backbone import NavaBackbone
 from ..components.weights import need
+from ..ram import free_ram
 
 HOOKS = ("group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker")  # diffusers' names of them
 SIDE_STREAMS = ("cuda", "xpu")  # devices that copy and compute at the same time
@@ -164,7 +165,7 @@ class Streaming:
 
     def _lock(self, say: Callable[[str], None] | None) -> None:
         """Page-locks the streamed blocks' weights, block by block, as far as the system allows and RAM is free."""
-        allowed = int(_free_ram() * LOCKED_SHARE)
+        allowed = int((free_ram() or 0) * LOCKED_SHARE)
         addresses: list[int] = []
         self._unlock = weakref.finalize(self, _unlock_all, addresses)
         self._unlock.atexit = False
@@ -294,7 +295,3 @@ def _unlock_all(addresses: list[int]) -> None:
     for address in addresses:
         torch.cuda.cudart().cudaHostUnregister(address)
     addresses.clear()
-
-
-def _free_ram() -> int:
-    return need("psutil", "Streaming weights").virtual_memory().available

@@ -25,7 +25,7 @@ from ..checkpoint import (
     plan_tensors,
 )
 from ..components import (
-    AudioVAE,
+    VideoVAE,
     audio_vae_part,
     empty_video_vae,
     encode_bytes,
@@ -108,7 +108,7 @@ def check_memory(wanted: int | str | None, device: torch.device, parallel: Paral
         raise ValueError("A limit of memory is for one GPU, not for parallel workers: leave out one of the two.")
     if device.type != "cuda":
         raise ValueError(
-            f"A limit of memory is for a CUDA GPU, and the backbone works on {device}, where nothing would hold to it: "
+            f"A limit of memory is for a CUDA GPU, and the models work on {device}, where nothing would hold to it: "
             "leave it out, or choose a GPU."
         )
     amount_of_memory(wanted, total_bytes(device))
@@ -170,7 +170,7 @@ class Components:
         self.wanted_vae_dtype = vae_dtype
         self.say = say
         self.keep_loaded = keep_loaded
-        self.loras = loras or LoraMerge((), files.backbone)
+        self.loras = loras or (None if files.backbone is None else LoraMerge((), files.backbone))
         self.limit = None if memory is None else amount_of_memory(memory, total_bytes(device))
         chosen = {"text_encoder": encoder_device, "video_vae": vae_device, "audio_vae": vae_device}
         self.chosen = {role: device if _is_same(wanted, device) else wanted for role, wanted in chosen.items()}
@@ -179,7 +179,7 @@ class Components:
         self._kept: dict[str, torch.nn.Module] = {}
         self._streams: dict[str, Streaming] = {}
         self._ceilings: dict[str, int] = {}  # what a component's stage may take, where more turned out to be too much
-        self._at = device  # where the component at work is
+        self.at = device  # where the component at work is
 
     # ------------------------------------------------------------ components
 
@@ -196,7 +196,7 @@ class Components:
     def loaded(self, role: str, where: Placement | None = None) -> Iterator[torch.nn.Module]:
         """A component where it works, by default as planned, for the time of the block."""
         where = where or self.placement(role)
-        before, self._at = self._at, where.device
+        before, self.at = self.at, where.device
         try:
             with memory_limit(where.device, self.limit if where.device == self.device else None):
                 component = self._fetch(role, where)
@@ -209,7 +209,7 @@ class Components:
                     self._put_back(role, component)
                     del component
         finally:
-            self._at = before
+            self.at = before
 
     def attempt(self, work: Callable[[torch.nn.Module], Result], role: str, where: Placement | None = None) -> Result:
         """``work`` with a loaded component; where memory runs out, once more in a smaller form.
@@ -348,10 +348,16 @@ class Components:
         if budget is not None and self.parallel is None:
             backbone, batched = self._place_backbone(geometry, together, budget)
             self.plan = replace(self.plan, budget=budget, backbone=backbone, batched=batched)
-        text = self._place("text_encoder") if has_text else None
-        picture = self._place("video_vae", (1, geometry.height, geometry.width, 3)) if has_first_frame else None
-        sound = self._place("audio_vae", geometry.audio_shape) if geometry.has_audio else None
-        self.plan = replace(self.plan, text_encoder=text, first_frame=picture, audio_vae=sound)
+        text, picture = None, None
+        if has_text:
+            text = self.find_place(
+                "text_encoder", encode_bytes(text_encoder_config(self._info("text_encoder")), MOST_TOKENS)
+            )
+        if has_first_frame:
+            picture = self.find_place(
+                "video_vae", self.empty_video_vae().encode_bytes((1, geometry.height, geometry.width, 3))
+            )
+        self.plan = replace(self.plan, text_encoder=text, first_frame=picture)
         if self.plan.budget is not None and (self.limit is not None or self.plan.is_tight):
             self.say(str(self.plan))
         return self.plan
@@ -359,17 +365,18 @@ class Components:
     def placement(self, role: str) -> Placement:
         """Where a component works."""
         planned = getattr(self.plan, role, None)
-        return Placement(self._home(role)) if planned is None else planned
+        return Placement(self.home(role)) if planned is None else planned
 
     def _unplanned(self) -> MemoryPlan:
         return MemoryPlan(None, Placement(self.device), self.device.type != "cpu")
 
-    def _home(self, role: str) -> torch.device:
+    def home(self, role: str) -> torch.device:
+        """Where a component works while there is memory enough."""
         return self.chosen.get(role) or self.device
 
     def _budget(self, role: str) -> int | None:
         """Bytes that a component's device has for this process, what it holds there included; None for no limit."""
-        device = self._home(role)
+        device = self.home(role)
         if device.type != "cuda":
             return None
         there = _free_bytes(device) + reserved_bytes(device)
@@ -392,10 +399,11 @@ class Components:
         # By the estimate it does not fit; estimates have room in them, so that it is tried.
         return Placement(self.device, demand.weights.all_streamed(), len(demand.weights.blocks)), False
 
-    def _place(self, role: str, shape: tuple[int, ...] = ()) -> Placement:
-        """Where a component other than the backbone works, beside a kept backbone if it can."""
-        device, budget = self._home(role), self._budget(role)
-        demand = Demand(self.weights(role), 0 if budget is None else self._work_bytes(role, shape))
+    def find_place(self, role: str, work: int) -> Placement:
+        """Where a component other than the backbone works, which takes ``work`` bytes beside its weights: beside a kept
+        backbone if it can."""
+        device, budget = self.home(role), self._budget(role)
+        demand = Demand(self.weights(role), work)
         where = place(device, budget, demand)
         if "backbone" in self._kept and device == self.device and budget is not None:
             beside = place(device, budget - reserved_bytes(device), demand)
@@ -416,7 +424,7 @@ class Components:
     def make_room(self, needed: int) -> bool:
         """Whether ``needed`` bytes are free where the component at work is, once the backbone has left it if need be;
         True on the CPU."""
-        device = self._at
+        device = self.at
         if device.type != "cuda" or self._free(device) >= needed:
             return True
         self._evict(device)
@@ -454,7 +462,7 @@ class Components:
             return self.wanted_vae_dtype
         if self.dtype is not None and self.dtype.itemsize > 1:
             return self.dtype
-        return torch.float32 if self._home("video_vae").type == "cpu" else torch.bfloat16
+        return torch.float32 if self.home("video_vae").type == "cpu" else torch.bfloat16
 
     @property
     def backbone_dtype(self) -> torch.dtype | None:
@@ -483,13 +491,9 @@ class Components:
         """Bytes that a component's weights take on the GPU that it works on."""
         return 0 if where.device.type == "cpu" else self.weights(role).on_device(where.streamed)
 
-    def _work_bytes(self, role: str, shape: tuple[int, ...]) -> int:
-        """Bytes that encoding a prompt, encoding frames, or decoding a sound takes beside the weights."""
-        if role == "text_encoder":
-            return encode_bytes(text_encoder_config(self._info(role)), MOST_TOKENS)
-        if role == "video_vae":
-            return empty_video_vae(self._info(role)).encode_bytes(shape)
-        return AudioVAE.decode_bytes((1, *shape))
+    def empty_video_vae(self) -> VideoVAE:
+        """The video VAE without weights, to be asked what its work takes."""
+        return empty_video_vae(self._info("video_vae"), self.vae_dtype)
 
     def _backbone_demand(self, geometry: ClipGeometry, together: int) -> Demand:
         info = self._info("backbone")

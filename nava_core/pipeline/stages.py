@@ -1,4 +1,4 @@
-"""What a clip goes through: its inputs made ready, then encode, denoise and decode, functions over the components."""
+"""What a clip goes through up to its latents: inputs made ready, encode and denoise, functions over the components."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..geometry import (
     choose_bucket,
     cover_crop,
 )
-from ..media import fit_length, read_audio, read_image
+from ..media import read_audio, read_image
 from ..prompt import PromptTokenizer, TokenizedPrompt, bind_voices
 from ..sampling import Guidance, denoise
 from ..timbre import check_voice, encode_timbre, load_redimnet
@@ -240,22 +240,6 @@ def denoise_clip(
         if first_frame is not None:
             video[:, :, :1] = first_frame  # exactly, not up to the rounding of there and back
     return video, None if tokens is None else audio_tokens_to_latent(tokens).cpu()
-
-
-def decode_video(components: Components, latent: torch.Tensor) -> torch.Tensor:
-    """A video latent -> frames (T, height, width, 3) in 0..1, in tiles where a GPU has no room for the whole."""
-    with components.loaded("video_vae") as vae:
-        components.say("Decoding the picture.")
-        fits = components.make_room(vae.decode_bytes(latent.shape))
-        return vae.decode(latent, tiled=not fits)
-
-
-def decode_audio(components: Components, latent: torch.Tensor, duration: float) -> tuple[torch.Tensor, int]:
-    """Waveform (2, N), as long as the clip, and its sample rate."""
-    with components.loaded("audio_vae") as vae:
-        components.say("Decoding the sound.")
-        components.make_room(vae.decode_bytes(latent.shape))
-        return fit_length(vae.decode(latent)[0], round(duration * vae.sample_rate)), vae.sample_rate
 
 
 def _on_device(

@@ -28,7 +28,7 @@ from nava_core.explain import TooLittleMemoryError, explain
 from nava_core.geometry import ClipGeometry
 from nava_core.offload import plan, spread
 from nava_core.parallel import Parallel
-from nava_core.pipeline import Components, ModelFiles, NavaPipeline, memory, stages
+from nava_core.pipeline import Clip, Components, ModelFiles, NavaPipeline, memory, stages
 from nava_core.prompt.umt5 import UMT5Config
 from nava_core.sampling import Guidance, flow_sigmas
 
@@ -102,8 +102,10 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def _latents_only(monkeypatch):
-    monkeypatch.setattr(stages, "decode_video", lambda *_: None)
-    monkeypatch.setattr(stages, "decode_audio", lambda *_: (None, 0))
+    def undecoded(_self, latents, **_):
+        return Clip(None, None, 0, latents.video, latents.audio, latents.report, latents.warnings)
+
+    monkeypatch.setattr(NavaPipeline, "decode", undecoded)
 
 
 def opened(files, said=None, **options):
@@ -330,7 +332,7 @@ def test_parts_work_on_the_devices_chosen_for_them(files, gpu, monkeypatch):
         pipeline(PROMPT, **SHORT, **BOTH)
         assert (worked["encode"], worked["picture"]) == places, options
         assert (pipeline.components.vae_dtype is torch.float32) == (places[1] == "cpu")
-        assert pipeline.components.placement("audio_vae").device.type == places[1]
+        assert pipeline.components.home("audio_vae").type == places[1]
         pipeline.unload()
 
 
@@ -440,7 +442,7 @@ def test_what_makes_no_sense_is_refused_when_the_pipeline_is_made(files, gpu):
     ):
         with pytest.raises(ValueError, match=words):
             opened(files, **options)
-    with pytest.raises(ValueError, match="is for a CUDA GPU, and the backbone works on cpu"):
+    with pytest.raises(ValueError, match="is for a CUDA GPU, and the models work on cpu"):
         NavaPipeline.from_files(files, device="cpu", memory="50MB")
 
 

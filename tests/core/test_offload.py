@@ -431,7 +431,7 @@ def test_what_cannot_be_locked_is_streamed_all_the_same(gpu, monkeypatch, limit)
     if limit == "system":
         gpu.lockable = 7 * size
     else:
-        monkeypatch.setattr(streaming, "_free_ram", lambda: 14 * size)
+        monkeypatch.setattr(streaming, "free_ram", lambda: 14 * size)
     stream = stream_blocks(model, "cuda", 0, say=said.append)
     assert 0 < len(gpu.locked) < 9
     assert stream.locked_bytes <= 7 * size
