@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -181,13 +181,15 @@ def stream_tensors(
     dtype: torch.dtype | None,
     changes: Mapping[str, WeightChange] | None = None,
     device: torch.device | str = "cpu",
+    only: Container[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of a backbone in the type they are wanted in, one by one; ``dtype`` and ``changes`` as for
-    ``load_backbone``. Changed ones are on ``device``, the others on the CPU."""
+    ``load_backbone``. Changed ones are on ``device``, the others on the CPU. ``only``: names of the weights to read,
+    where it is not all of them."""
     tensors, changes = source.tensors, changes or {}
     rest = main_dtype(source.info, dtype)
     for name in source:
-        if _is_used_scale(name, tensors):
+        if _is_used_scale(name, tensors) or (only is not None and name not in only):
             continue
         value = source.read(name)
         scale = source.read(name + SCALE) if _is_scaled(name, tensors) else None

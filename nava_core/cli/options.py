@@ -199,8 +199,6 @@ def pipeline_opener(
     opener = args.open_pipeline or NavaPipeline.from_files
     device, options = device_of(args), types_of(args)
     parallel = parallel_of(args, files, device.type)
-    if parallel is not None and args.lora:
-        raise UsageError("--lora: LoRAs are not merged in the workers of --parallel: leave out one of them.")
     if parallel is not None:
         options["parallel"] = parallel
     return lambda: opener(files, device=device, say=say, keep_loaded=keep_loaded, loras=args.lora, **options)
@@ -229,8 +227,9 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parallel_of(args: argparse.Namespace, files: Any, device: str) -> Any:
-    """``Parallel`` from --parallel and its like, checked; None without. Raises UsageError."""
+def parallel_of(args: argparse.Namespace, files: Any, device: str | None) -> Any:
+    """``Parallel`` from --parallel and its like, checked; None without. ``device`` None: one that is found elsewhere.
+    Raises UsageError."""
     from ..parallel import Parallel
 
     workers = getattr(args, "parallel", None)
@@ -240,20 +239,23 @@ def parallel_of(args: argparse.Namespace, files: Any, device: str) -> Any:
         return None
     parallel = Parallel(workers, args.layout, args.weights)
     try:
-        parallel.check(files.backbone, device)
+        parallel.check(files.backbone, device or "cpu")
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"--parallel: {error}") from None
     return parallel
 
 
 def portable_opener(
-    args: argparse.Namespace, files: Any, device: str | None, *, keep_loaded: bool = False
+    args: argparse.Namespace, files: Any, device: str | None, parallel: Any = None, *, keep_loaded: bool = False
 ) -> Callable[[], Callable[..., Any]]:
     """As ``pipeline_opener``, to be called in another process: ``device`` (None: what is there) is sought there."""
     from ..pipeline import NavaPipeline
 
     opener = args.open_pipeline or NavaPipeline.from_files
-    return partial(opener, files, device=device, keep_loaded=keep_loaded, loras=args.lora, **types_of(args))
+    options = types_of(args)
+    if parallel is not None:
+        options["parallel"] = parallel
+    return partial(opener, files, device=device, keep_loaded=keep_loaded, loras=args.lora, **options)
 
 
 def device_of(args: argparse.Namespace) -> Any:

@@ -37,7 +37,8 @@ class Parallel:
     def backbone(
         self, path: Path, device: str, dtype: torch.dtype | None, say: Callable[[str], None] | None, changes=None
     ) -> ParallelBackbone:
-        """A backbone that the workers compute; they start with its first pass."""
+        """A backbone that the workers compute, with ``changes`` as :class:`ParallelBackbone` takes them; they start
+        with its first pass."""
         from .layout import Layout
         from .workers import ParallelBackbone
 

@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..backbone.config import BackboneConfig
-from ..backbone.quantized import Fp8Linear, quantise_rows
 from ..checkpoint import describe_file, open_checkpoint, stream_tensors
 from ..checkpoint.loading import PlannedTensor, assign_tensor, empty_backbone
 from .cluster import UNWANTED, code_version
@@ -108,19 +107,6 @@ class Worker:
         """Take weights in the form they are kept in; returns their names."""
         for name, tensor in tensors.items():
             self._fill(name, tensor)
-        return list(tensors)
-
-    def change(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Replace weights by others of full precision (a LoRA merged into them); returns their names."""
-        for name, tensor in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(path)
-            if leaf == "weight" and isinstance(module, Fp8Linear):
-                weight, scale = quantise_rows(tensor)
-                self._fill(name, weight)
-                self._fill(name + "_scale", scale)
-            else:
-                self._fill(name, tensor.to(self.model.get_parameter(name).dtype))
         return list(tensors)
 
     def _fill(self, name: str, tensor: Tensor) -> None:

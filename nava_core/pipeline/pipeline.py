@@ -74,8 +74,6 @@ class NavaPipeline:
         check_packages()
         if parallel is not None:
             parallel.check(files.backbone, device.type)
-        if parallel is not None and loras:
-            raise ValueError("LoRAs are not merged in parallel workers: leave out parallel, or the LoRAs.")
         say, merge = say or _say_nothing, LoraMerge(loras, files.backbone)
         for note in merge.notes:
             say(note)
