@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -103,11 +104,13 @@ class Worker:
                 self._fill(name, tensor)
         return True
 
-    def fill(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Take weights in the form they are kept in; returns their names."""
+    def fill(self, weights: bytes) -> list[str]:
+        """Take weights in the form they are kept in, as a safetensors file has them: Ray cannot send float8 tensors.
+        Returns their names."""
+        tensors = load(weights)
         for name, tensor in tensors.items():
             self._fill(name, tensor)
-        return list(tensors)
+        return sorted(tensors)
 
     def _fill(self, name: str, tensor: Tensor) -> None:
         parameter = self.model.get_parameter(name)
@@ -117,7 +120,7 @@ class Worker:
             )
             parameter.to_local().copy_(mine.to_local())
         else:
-            assign_tensor(self.model, name, tensor.to(self.device))
+            assign_tensor(self.model, name, tensor.to(self.device, parameter.dtype))
 
     # ------------------------------------------------------------ passes
 

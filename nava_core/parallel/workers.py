@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..checkpoint import (
@@ -38,6 +39,7 @@ WEIGHTS = ("replicated", "sharded")
 CHUNK_BYTES = 2**27  # of weights sent at once
 START_SECONDS = 120
 POLL_SECONDS = 0.5
+GRACE_SECONDS = 4  # that the others' ends are waited for where one has failed
 # Shares of a GPU where the places of a clip's workers are reserved: the owner works on that of one of them.
 OWNER, BESIDE_OWNER = 0.1, 0.9
 PACK = Path(__file__).resolve().parents[2]
@@ -60,7 +62,7 @@ def check_parallel(
     """Raise, in a sentence and before anything is loaded, where this cannot be: ValueError for a layout or weights that
     do not fit, RuntimeError for a missing package, too few GPUs or a platform without NCCL.
 
-    The GPUs of a cluster, and in a process that Ray runs, are counted by Ray when the workers start.
+    The GPUs of a cluster, and those reserved for a batch's clip, are counted by Ray when the workers start.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"There are no {weights!r} weights: choose {' or '.join(WEIGHTS)}.")
@@ -76,12 +78,17 @@ def check_parallel(
                 "This PyTorch has no NCCL, which the workers' GPUs would talk through (there is none for Windows): in "
                 "ComfyUI use the MultiGPU CFG Split node instead, which needs none."
             )
-        here = configured_address() is None and not ray.is_initialized()
+        here = configured_address() is None and not _has_reserved_places(ray)
         if here and torch.cuda.device_count() < workers:
             raise RuntimeError(
                 f"{workers} workers need {workers} GPUs, and this machine has {torch.cuda.device_count()}: ask for "
                 f"fewer, or name a cluster in {ADDRESS_VARIABLES[0]}."
             )
+
+
+def _has_reserved_places(ray) -> bool:
+    """Whether this process makes clips of a batch whose workers have places reserved."""
+    return ray.is_initialized() and ray.util.get_current_placement_group() is not None
 
 
 def _check_room(ray, workers: int, device: str) -> None:
@@ -116,7 +123,7 @@ def _actor(ray, device: str):
 
             return ray.util.get_node_ip_address()
 
-    gpu = BESIDE_OWNER if ray.util.get_current_placement_group() is not None else 1
+    gpu = BESIDE_OWNER if _has_reserved_places(ray) else 1
     options = {"num_cpus": 0, "num_gpus": gpu} if device == "cuda" else {"num_cpus": 1, "num_gpus": 0}
     return ray.remote(max_restarts=0, **options)(NavaWorker)
 
@@ -181,12 +188,25 @@ class Workers:
                 if check is not None and pending:
                     check()
         except BaseException as error:
+            known = self._explained(self._cause(error, references))
             self.close()
-            known = self._explained(error)
             if known is None:  # the check's, or the user's: the run is interrupted
                 raise
             raise known from error
         return self.ray.get(references)
+
+    def _cause(self, error: BaseException, references: list) -> BaseException:
+        """What came first, as far as can be told: a worker's end shows in the others as a broken connection."""
+        if not isinstance(error, self.ray.exceptions.RayTaskError) or not isinstance(error.cause, RuntimeError):
+            return error
+        for reference in self.ray.wait(references, num_returns=len(references), timeout=GRACE_SECONDS)[0]:
+            try:
+                self.ray.get(reference)
+            except self.ray.exceptions.RayActorError as lost:
+                return lost
+            except Exception:
+                continue
+        return error
 
     def _explained(self, error: BaseException) -> Exception | None:
         errors = self.ray.exceptions
@@ -242,7 +262,8 @@ class ParallelBackbone(nn.Module):
     """A backbone without weights, whose passes ``workers`` processes compute; called as :class:`NavaBackbone`.
 
     path: the checkpoint; each worker reads it from its own disk (the same path, or by name in its ``NAVA_MODELS``
-    folders), and gets the weights sent where it has not got the file. dtype: as ``load_backbone`` takes it. device:
+    folders), and gets the weights sent where it has not got the file. dtype: as ``load_backbone`` takes it;
+    compute_dtype: what fp8 weights are dequantised to and the rest is kept in, where it is not bfloat16. device:
     "cuda", a GPU for each worker, or "cpu". layout: None chooses for each step from the predictions and the tokens.
     weights: "replicated", or "sharded": the workers that share a prediction's tokens also share the weights, a part
     each. changes: opens what ``load_backbone`` takes as ``changes`` (LoRAs), such as ``LoraMerge.changes``. say: told
@@ -260,6 +281,7 @@ class ParallelBackbone(nn.Module):
         workers: int,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
         layout: Layout | None = None,
         weights: str = "replicated",
         changes: Changes | None = None,
@@ -270,7 +292,7 @@ class ParallelBackbone(nn.Module):
         self.config = backbone_config(self.info)
         check_parallel(self.config, workers, layout, weights, device)
         self.count, self.worker_device = workers, device
-        self.weights_dtype, self.dtype = dtype, main_dtype(self.info, dtype)
+        self.weights_dtype, self.dtype = dtype, compute_dtype or main_dtype(self.info, dtype)
         self.sharded = weights == "sharded"
         # Every worker of a branch must take part in each of its passes for sharded weights to be there.
         self.layout = layout or (Layout(1, workers) if self.sharded else None)
@@ -312,7 +334,7 @@ class ParallelBackbone(nn.Module):
         self.say(f"Sending the weights to {len(lacking)} of {self.count} workers.")
         with open_checkpoint(self.info) as source:
             for chunk in _chunks(stream_tensors(source, self.weights_dtype)):
-                reference = workers.ray.put(chunk)
+                reference = workers.ray.put(save(chunk))
                 workers._wait([actor.call.remote("fill", reference) for actor in lacking])
 
     def _send_changes(self, workers: Workers) -> None:
@@ -323,8 +345,8 @@ class ParallelBackbone(nn.Module):
                 return
             changed = stream_tensors(source, self.weights_dtype, changes, only=changes)
             for chunk in _chunks(changed):
-                for rank, names in enumerate(workers.ask("fill", workers.ray.put(chunk))):
-                    if names != list(chunk):
+                for rank, names in enumerate(workers.ask("fill", workers.ray.put(save(chunk)))):
+                    if names != sorted(chunk):
                         raise WorkersError(f"Worker {rank} did not take the changed weights (LoRAs); run again.")
         self.say(f"{len(changes)} weights changed by LoRAs, acknowledged by {self.count} of {self.count} workers.")
 
@@ -395,7 +417,7 @@ def _chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
     chunk: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
-        chunk[name] = tensor.cpu()
+        chunk[name] = tensor.cpu().contiguous()
         size += tensor.nbytes
         if size >= CHUNK_BYTES:
             yield chunk

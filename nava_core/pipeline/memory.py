@@ -107,7 +107,9 @@ class Components:
         if role == "audio_vae":
             return load_audio_vae(path, device=self.device)
         if self.parallel is not None:
-            return self.parallel.backbone(path, self.device.type, self.backbone_dtype, self.say, self.loras.changes)
+            return self.parallel.backbone(
+                path, self.device.type, self.backbone_dtype, self.say, changes=self.loras.changes
+            )
         with self.loras.changes() as changes:
             return load_backbone(path, device=self.device, dtype=self.backbone_dtype, changes=changes)
 

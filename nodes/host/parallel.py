@@ -99,13 +99,16 @@ def over_workers(patcher, workers: int, layout: str, weights: str):
     keeps_fp8 = source.model_config.custom_operations is not None
     if weight_dtype == "fp8 fast":
         logging.warning("NAVA Parallel: workers dequantise fp8 weights, as with weight_dtype fp8.")
-    dtype = FP8 if keeps_fp8 else source.get_dtype_inference()
+    compute_dtype = source.get_dtype_inference()
+    dtype = FP8 if keeps_fp8 else compute_dtype
     model = DistantModel(source.model_config)
-    model.diffusion_model.dtype = source.get_dtype_inference()
+    model.diffusion_model.dtype = compute_dtype
     distant = comfy.model_patcher.ModelPatcher(model, patcher.load_device, patcher.offload_device)
     _take_over(patcher, distant)
     changes = partial(nullcontext, _weight_changes(patcher.patches))
-    model.diffusion_model.workers = parallel.backbone(path, device, dtype, _say, changes)
+    model.diffusion_model.workers = parallel.backbone(
+        path, device, dtype, _say, changes=changes, compute_dtype=compute_dtype
+    )
     distant.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, end_if_interrupted)
     return distant
 
