@@ -462,3 +462,13 @@ def test_generate_with_workers(ray, models, tmp_path, capsys):
     ):
         assert command(*common, *wrong, "--out", tmp_path / "none.wav") == 2
         assert words in capsys.readouterr().err
+
+
+def test_the_benchmark_measures_every_layout(ray, path, capsys):
+    from benchmarks.parallel import main
+
+    main(["--measure", str(path), "--workers", "2", "--device", "cpu", "--size", "64x32", "--seconds", "0.5"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["layout", "1x1", "1x2", "2x1"]
+    assert rows[1][2] == "1.00x"
+    assert all(float(row[1]) > 0 for row in rows[1:])
