@@ -149,6 +149,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "also for the video VAE",
     )
     group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the backbone's blocks (torch.compile): minutes at the first step, then quicker ones",
+    )
+    group.add_argument(
         "--vae-dtype",
         default="auto",
         choices=["auto", *(name for name in DTYPES if name != "fp8")],
@@ -201,7 +206,8 @@ def pipeline_opener(
     parallel = parallel_of(args, files, device.type)
     if parallel is not None:
         options["parallel"] = parallel
-    return lambda: opener(files, device=device, say=say, keep_loaded=keep_loaded, loras=args.lora, **options)
+    more = {"loras": args.lora, "compile": args.compile, **options}
+    return lambda: opener(files, device=device, say=say, keep_loaded=keep_loaded, **more)
 
 
 def add_parallel_options(parser: argparse.ArgumentParser) -> None:
@@ -238,6 +244,8 @@ def parallel_of(args: argparse.Namespace, files: Any, device: str | None) -> Any
             raise UsageError("--layout and --weights are for several workers: give --parallel N too.")
         return None
     parallel = Parallel(workers, args.layout, args.weights)
+    if args.compile and parallel.weights == "sharded":
+        raise UsageError("--compile: sharded weights come block by block, which cannot be compiled: leave out one.")
     try:
         parallel.check(files.backbone, device or "cpu")
     except (ValueError, RuntimeError) as error:
@@ -255,7 +263,8 @@ def portable_opener(
     options = types_of(args)
     if parallel is not None:
         options["parallel"] = parallel
-    return partial(opener, files, device=device, keep_loaded=keep_loaded, loras=args.lora, **options)
+    more = {"loras": args.lora, "compile": args.compile, **options}
+    return partial(opener, files, device=device, keep_loaded=keep_loaded, **more)
 
 
 def device_of(args: argparse.Namespace) -> Any:

@@ -85,10 +85,12 @@ class Worker:
 
     # ------------------------------------------------------------ weights
 
-    def prepare(self, config: Mapping, plan: Iterable[tuple], dtype: torch.dtype) -> None:
+    def prepare(self, config: Mapping, plan: Iterable[tuple], dtype: torch.dtype, compile: bool = False) -> None:
         """Make the network, without its weights. ``plan``: (name, shape, type) of each tensor to come."""
         tensors = {name: PlannedTensor(name, tuple(shape), kind) for name, shape, kind in plan}
         self.model = empty_backbone(BackboneConfig(**config), tensors, dtype).eval()
+        if compile:
+            self.model.compile_blocks()
         if self.shards:
             layout = Layout(self.ranks // self.shards, self.shards)
             mesh = DeviceMesh.from_group(self._groups(layout), self.device.type)

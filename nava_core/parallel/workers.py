@@ -267,7 +267,7 @@ class ParallelBackbone(nn.Module):
     "cuda", a GPU for each worker, or "cpu". layout: None chooses for each step from the predictions and the tokens.
     weights: "replicated", or "sharded": the workers that share a prediction's tokens also share the weights, a part
     each. changes: opens what ``load_backbone`` takes as ``changes`` (LoRAs), such as ``LoraMerge.changes``. say: told
-    in sentences what goes on.
+    in sentences what goes on. compile: the workers compile their blocks, which need replicated weights.
 
     Workers start with the first pass and stay until :meth:`close`, until a run is interrupted, or until nobody holds
     this. Raises as ``check_parallel`` does, at once; later WorkersError where one is lost, and then the next pass
@@ -285,6 +285,7 @@ class ParallelBackbone(nn.Module):
         layout: Layout | None = None,
         weights: str = "replicated",
         changes: Changes | None = None,
+        compile: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
@@ -296,7 +297,7 @@ class ParallelBackbone(nn.Module):
         self.sharded = weights == "sharded"
         # Every worker of a branch must take part in each of its passes for sharded weights to be there.
         self.layout = layout or (Layout(1, workers) if self.sharded else None)
-        self.changes = changes
+        self.changes, self.compiles = changes, compile
         self.say = say or (lambda sentence: None)
         self.workers: Workers | None = None
         self._said: str | None = None
@@ -310,7 +311,7 @@ class ParallelBackbone(nn.Module):
         workers = Workers(self.count, self.worker_device, self.layout.sequence if self.sharded else 0)
         plan = [(tensor.name, tensor.shape, tensor.dtype) for tensor in plan_tensors(self.info, self.weights_dtype)]
         try:
-            workers.ask("prepare", asdict(self.config), plan, self.dtype)
+            workers.ask("prepare", asdict(self.config), plan, self.dtype, self.compiles)
             self._send_weights(workers)
             self._send_changes(workers)
         except BaseException:

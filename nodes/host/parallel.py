@@ -34,7 +34,7 @@ class DistantBackbone(HostBackbone):
         self.config = BackboneConfig(**config)
         self.dtype = dtype
         self.double_blocks = self.single_blocks = ()
-        self.workers = None
+        self.workers = self.compiled = None
 
     def run_pass(self, video, audio, timestep, context, *, cross_modal, options, **conditions):
         """All predictions of the host's batch, handed to the workers together."""
