@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -194,14 +194,16 @@ def stream_tensors(
     changes: Mapping[str, WeightChange] | None = None,
     device: torch.device | str = "cpu",
     is_mapped: Callable[[str], bool] = lambda _: False,
+    only: Container[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of a backbone in the type they are wanted in, one by one; ``dtype`` and ``changes`` as for
     ``load_backbone``. Changed ones are on ``device``, the others on the CPU; those that stay as they are in the file's
-    pages where ``is_mapped`` says so of their name."""
+    pages where ``is_mapped`` says so of their name. ``only``: names of the weights to read, where it is not all of
+    them."""
     tensors, changes = source.tensors, changes or {}
     rest = main_dtype(source.info, dtype)
     for name in source:
-        if _is_used_scale(name, tensors):
+        if _is_used_scale(name, tensors) or (only is not None and name not in only):
             continue
         change = changes.get(name)
         wanted = FP8 if _ends_in_fp8(name, tensors, dtype) else rest

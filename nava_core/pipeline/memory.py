@@ -65,6 +65,7 @@ from .files import NAMES, ModelFiles
 WORKSPACE = 2**30  # bytes of GPU memory that a component is given beside what it is known to need
 # Of the clip's latents in fp32: the samples, given parts, predictions and the solver's state during a pass, counted
 LATENT_COPIES = 16
+COMPILED_SHARE = 4 / 3  # of the activations of blocks as they are, those of compiled ones
 MOST_TOKENS = 512  # of a prompt
 BLOCK_LISTS = ("double_blocks", "single_blocks")
 DEVICE_OPTIONS = {"text_encoder": "--encoder-device", "video_vae": "--vae-device", "audio_vae": "--vae-device"}
@@ -144,9 +145,9 @@ class Clock:
 class Components:
     """The models of ``files``, each read when its turn comes and on its device only while it works.
 
-    ``device``, ``dtype``, ``say``, ``keep_loaded``, ``parallel``, ``vae_dtype``, ``memory``, ``encoder_device`` and
-    ``vae_device`` as :meth:`NavaPipeline.from_files` takes them; ``loras`` are merged into the backbone. ``clock`` has
-    the seconds of the clip under way.
+    ``device``, ``dtype``, ``say``, ``keep_loaded``, ``parallel``, ``vae_dtype``, ``compile``, ``memory``,
+    ``encoder_device`` and ``vae_device`` as :meth:`NavaPipeline.from_files` takes them; ``loras`` are merged into the
+    backbone. ``clock`` has the seconds of the clip under way.
     """
 
     def __init__(
@@ -156,14 +157,17 @@ class Components:
         dtype: torch.dtype | None,
         say: Callable[[str], None],
         keep_loaded: bool,
+        *,
         parallel: Parallel | None = None,
         vae_dtype: torch.dtype | None = None,
         loras: LoraMerge | None = None,
+        compile: bool = False,
         memory: int | str | None = None,
         encoder_device: torch.device | None = None,
         vae_device: torch.device | None = None,
     ) -> None:
         self.parallel = parallel
+        self.compile = compile
         self.files = files
         self.device = device
         self.dtype = dtype
@@ -304,13 +308,21 @@ class Components:
         if role == "audio_vae":
             return load_audio_vae(path, device=device)
         if self.parallel is not None:
-            return self.parallel.backbone(path, self.device.type, self.backbone_dtype, self.say)
+            return self.parallel.backbone(
+                path,
+                self.device.type,
+                self.backbone_dtype,
+                self.say,
+                changes=self.loras.changes,
+                compile=self.compile,
+            )
         names = _block_names(self._info(role))
         in_ram = [f"{names[index]}." for index in where.streamed]
         with self.loras.changes() as changes:
-            return load_backbone(
+            backbone = load_backbone(
                 path, device=device, dtype=self.backbone_dtype, changes=changes, in_ram=in_ram, mapped=True
             )
+        return backbone.compile_blocks() if self.compile else backbone
 
     def _settle(self, role: str, component: torch.nn.Module, where: Placement) -> None:
         """Bring a component to where it works, with its streamed blocks in RAM."""
@@ -500,7 +512,10 @@ class Components:
         config, size = backbone_config(info), main_dtype(info, self.backbone_dtype).itemsize
         values = sum(_count(shape) for shape in (geometry.latent_shape, geometry.audio_shape) if shape)
         beside = LATENT_COPIES * 4 * values + _unpacked_bytes(info, self.backbone_dtype)
-        works = [beside + activation_bytes(config, count, geometry.tokens, size) for count in (1, together)]
+        share = COMPILED_SHARE if self.compile else 1
+        works = [
+            beside + int(share * activation_bytes(config, count, geometry.tokens, size)) for count in (1, together)
+        ]
         return Demand(self.weights("backbone"), works[0], works[1] if together > 1 else None)
 
     def _info(self, role: str) -> FileInfo:

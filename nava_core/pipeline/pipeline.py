@@ -98,26 +98,9 @@ class ClipDecoder:
 class NavaPipeline(ClipDecoder):
     """NAVA from its files. Make one with :meth:`from_files` and call it for each clip."""
 
-    def __init__(
-        self,
-        files: ModelFiles,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        say: Callable[[str], None],
-        keep_loaded: bool,
-        parallel: Parallel | None = None,
-        vae_dtype: torch.dtype | None = None,
-        loras: LoraMerge | None = None,
-        memory: int | str | None = None,
-        encoder_device: torch.device | None = None,
-        vae_device: torch.device | None = None,
-        decoding: Decoding | None = None,
-    ) -> None:
-        components = Components(
-            files, device, dtype, say, keep_loaded, parallel, vae_dtype, loras, memory, encoder_device, vae_device
-        )
+    def __init__(self, components: Components, decoding: Decoding | None = None) -> None:
         super().__init__(components, decoding)
-        self._tokenizer = load_tokenizer(files.text_encoder, files.tokenizer)
+        self._tokenizer = load_tokenizer(components.files.text_encoder, components.files.tokenizer)
 
     @classmethod
     def from_files(
@@ -131,6 +114,7 @@ class NavaPipeline(ClipDecoder):
         parallel: Parallel | None = None,
         vae_dtype: torch.dtype | None = None,
         loras: Sequence[Lora] = (),
+        compile: bool = False,
         memory: int | str | None = None,
         encoder_device: torch.device | str | None = None,
         vae_device: torch.device | str | None = None,
@@ -149,11 +133,14 @@ class NavaPipeline(ClipDecoder):
         long as the others fit beside it. Otherwise a component is dropped after its work and read again for the next
         clip; ``keep_loaded`` keeps all of them in RAM instead, which suits a batch on a machine with much RAM.
 
+        ``compile``: the backbone's blocks go through ``torch.compile``, which makes the first step slow and all others
+        quicker, whatever the size of the clips.
+
         ``memory``: what may be taken of ``device``, a CUDA GPU: "6GB", "80%" of it, or a number of bytes; None for what
         is free there. Within it the backbone is resident, or as many of its blocks as fit while the others come from
         RAM for their turn, with the same results; the text encoder likewise, or else it works on the CPU, as may the
         encoding of a first frame and the decoding of sound. With a number the allocator is held to it while a component
-        is at work. Memory that runs out all the same is met once in a smaller form of the same stage.
+        is at work. Memory that runs out all the same is met in a smaller form of the same stage.
         ``encoder_device`` and ``vae_device``: another device for the text encoder, and for both VAEs.
 
         ``parallel``: workers that denoise together, a GPU each (or, with the device "cpu", a process each); text
@@ -164,18 +151,34 @@ class NavaPipeline(ClipDecoder):
         memory that makes no sense.
         """
         device = choose_device(device)
-        others = [None if name is None else choose_device(name) for name in (encoder_device, vae_device)]
+        encoder, vaes = (None if name is None else choose_device(name) for name in (encoder_device, vae_device))
         check_memory(memory, device, parallel)
         files.check(needed=[role for role in KINDS if role not in OPTIONAL])
         check_packages()
         if parallel is not None:
             parallel.check(files.backbone, device.type)
-        if parallel is not None and loras:
-            raise ValueError("LoRAs are not merged in parallel workers: leave out parallel, or the LoRAs.")
+            if compile and parallel.weights == "sharded":
+                raise ValueError(
+                    "Sharded weights come block by block, which cannot be compiled: leave out one of them."
+                )
         say, merge = say or _say_nothing, LoraMerge(loras, files.backbone)
         for note in merge.notes:
             say(note)
-        return cls(files, device, dtype, say, keep_loaded, parallel, vae_dtype, merge, memory, *others, decoding)
+        components = Components(
+            files,
+            device,
+            dtype,
+            say,
+            keep_loaded,
+            parallel=parallel,
+            vae_dtype=vae_dtype,
+            loras=merge,
+            compile=compile,
+            memory=memory,
+            encoder_device=encoder,
+            vae_device=vaes,
+        )
+        return cls(components, decoding)
 
     @property
     def timing(self) -> dict[str, float]:

@@ -165,8 +165,9 @@ def plan_clip(
     Raises ValueError where it cannot be made within the memory that was allowed.
     """
     needed = [guidance.needed(sigma, has_voice, geometry.has_video, geometry.has_audio) for sigma in levels]
-    # The prediction without interaction, m, is a pass of its own.
-    together = max(sum(name != "m" for name in names) for names in needed) if geometry.tokens <= BATCH_TOKENS else 1
+    # The prediction without interaction, m, is a pass of its own; compiled blocks are of one number of samples.
+    alone = geometry.tokens > BATCH_TOKENS or components.compile
+    together = 1 if alone else max(sum(name != "m" for name in names) for names in needed)
     components.prepare(geometry, together=together, has_text=has_text, has_first_frame=has_first_frame)
 
 

@@ -20,7 +20,7 @@ from nava_core.backbone import BackboneConfig, NavaBackbone, activation_bytes
 from nava_core.backbone.blocks import FusionBlock
 from nava_core.checkpoint import assign_tensor, describe_file
 from nava_core.checkpoint.source import SafetensorsSource
-from nava_core.components import TextEncoder, VideoVAE, encode_bytes
+from nava_core.components import AudioVAE, TextEncoder, VideoVAE, encode_bytes
 from nava_core.components.text_encoder import _network, _tie
 from nava_core.convert import convert
 from nava_core.demo import make_small_models
@@ -87,7 +87,7 @@ def _small_scale(monkeypatch):
     monkeypatch.setattr(memory, "SLACK", SLACK)
     monkeypatch.setattr(memory, "WORKSPACE", SLACK)
     monkeypatch.setattr(memory, "MOST_TOKENS", 48)  # the attention of 512 would be far larger than the models
-    monkeypatch.setattr(memory.AudioVAE, "decode_bytes", staticmethod(lambda *_: 8 * MB))
+    monkeypatch.setattr(AudioVAE, "decode_bytes", staticmethod(lambda *_: 8 * MB))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
