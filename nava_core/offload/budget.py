@@ -61,9 +61,10 @@ def memory_limit(device: torch.device, limit: int | None) -> Iterator[None]:
     if limit is None:
         yield
         return
-    before = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
-    torch.cuda.set_per_process_memory_fraction(min(limit / total_bytes(device), 1.0), device)
+    number = torch.cuda.current_device() if device.index is None else device.index  # "cuda" alone is refused below
+    before = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(number)
+    torch.cuda.set_per_process_memory_fraction(min(limit / total_bytes(device), 1.0), number)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        torch.cuda.set_per_process_memory_fraction(before, number)

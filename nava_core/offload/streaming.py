@@ -105,19 +105,23 @@ class Streaming:
         """End the streaming: the streamed blocks are in RAM, the rest where it was; the model is as it was before."""
         if not self._blocks:
             return
-        with _at(self.device):
-            for block in self._blocks:
-                group = block._diffusers_hook.get_hook(HOOKS[0]).group
-                if group.stream is not None:
-                    group.stream.synchronize()  # a pass that failed may have left a transfer under way
-                group.offload_()
-                _unhook(block)
-        _unhook(self._pass)
+        self.recall()
+        for module in (*self._blocks, self._pass):
+            _unhook(module)
         del self._model.forward, self._pass
         self._unlock()
         self._make_as_it_was()
         self._model, self._blocks = None, []
         gc.collect()  # diffusers' hooks refer to each other in circles, and to the weights
+
+    def recall(self) -> None:
+        """Have all streamed blocks in RAM again, where a pass that was cut short left some on the device."""
+        with _at(self.device):
+            for block in self._blocks:
+                group = block._diffusers_hook.get_hook(HOOKS[0]).group
+                if group.stream is not None:
+                    group.stream.synchronize()  # a transfer may be under way
+                group.offload_()
 
     # ------------------------------------------------------------ what diffusers is shown
 

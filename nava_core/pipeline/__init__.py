@@ -17,9 +17,10 @@ latents that the ComfyUI nodes give.
 from ..components import load_problem, memory_bytes
 from ..decoding import Decoding
 from .clip import Clip
+from .devices import check_memory, choose_device
 from .files import KINDS, NAMES, VAES, ModelFiles, find_model_files
 from .latents import ClipLatents, LatentsError
-from .memory import Components, check_memory, choose_device
+from .memory import Components
 from .pipeline import ClipDecoder, NavaPipeline
 from .stages import Voice, clip_geometry, clip_noise, default_guidance, fit_picture
 

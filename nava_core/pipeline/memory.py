@@ -1,9 +1,8 @@
-"""Who is loaded where: the devices, the components on them, and room for what they do."""
+"""Who is loaded where: the components on their devices, within the memory that there is."""
 
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,30 +12,16 @@ from typing import TypeVar
 
 import torch
 
-from ..backbone import activation_bytes
-from ..checkpoint import (
-    FileInfo,
-    FileKind,
-    backbone_config,
-    describe_file,
-    format_bytes,
-    load_backbone,
-    main_dtype,
-    plan_tensors,
-)
+from ..checkpoint import FileInfo, FileKind, describe_file, format_bytes, load_backbone
 from ..components import (
     VideoVAE,
-    audio_vae_part,
     empty_video_vae,
     encode_bytes,
     load_audio_vae,
     load_text_encoder,
     load_video_vae,
-    memory_bytes,
     text_encoder_config,
-    text_encoder_weights,
 )
-from ..components.video_vae import ENCODING_HALF
 from ..explain import TooLittleMemoryError, is_out_of_memory
 from ..geometry import ClipGeometry
 from ..lora_merge import LoraMerge
@@ -48,7 +33,7 @@ from ..offload import (
     Streaming,
     Weights,
     amount_of_memory,
-    check_amount,
+    free_bytes,
     least_budget,
     memory_limit,
     move,
@@ -58,88 +43,18 @@ from ..offload import (
     smaller,
     total_bytes,
 )
-from ..offload import free_bytes as _free_bytes
 from ..parallel import Parallel
+from .clock import Clock
+from .devices import is_same_device
 from .files import NAMES, ModelFiles
+from .sizes import backbone_demand, block_names, component_weights
 
 WORKSPACE = 2**30  # bytes of GPU memory that a component is given beside what it is known to need
-# Of the clip's latents in fp32: the samples, given parts, predictions and the solver's state during a pass, counted
-LATENT_COPIES = 16
-COMPILED_SHARE = 4 / 3  # of the activations of blocks as they are, those of compiled ones
 MOST_TOKENS = 512  # of a prompt
-BLOCK_LISTS = ("double_blocks", "single_blocks")
 DEVICE_OPTIONS = {"text_encoder": "--encoder-device", "video_vae": "--vae-device", "audio_vae": "--vae-device"}
 WORK = {"text_encoder": "encoding the text", "video_vae": "encoding the first frame", "backbone": "denoising"}
 
 Result = TypeVar("Result")
-
-
-def choose_device(name: torch.device | str | None = None) -> torch.device:
-    """Where the models work: "cpu", "cuda", "cuda:1", "mps" or "xpu"; None for a GPU of CUDA, or else the CPU.
-
-    Raises ValueError, in a sentence, for a device that is not there, or that the models do not run on.
-    """
-    counts = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-        "xpu": torch.xpu.device_count() if hasattr(torch, "xpu") and torch.xpu.is_available() else 0,
-    }
-    if name is None:
-        return torch.device("cuda" if counts["cuda"] else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or (device.index or 0) >= counts.get(device.type, 0):
-        there = [f"{kind}:0 to {kind}:{count - 1}" if count > 1 else kind for kind, count in counts.items() if count]
-        raise ValueError(
-            f"There is no device {name} here that the models could work on: use {' or '.join(there)}, or a torch build "
-            "that knows your GPU."
-        )
-    return device
-
-
-def check_memory(wanted: int | str | None, device: torch.device, parallel: Parallel | None = None) -> None:
-    """Raise ValueError, in a sentence, for an amount of memory that makes no sense, on this device or at all."""
-    if wanted is None:
-        return
-    check_amount(wanted)
-    if parallel is not None:
-        raise ValueError("A limit of memory is for one GPU, not for parallel workers: leave out one of the two.")
-    if device.type != "cuda":
-        raise ValueError(
-            f"A limit of memory is for a CUDA GPU, and the models work on {device}, where nothing would hold to it: "
-            "leave it out, or choose a GPU."
-        )
-    amount_of_memory(wanted, total_bytes(device))
-
-
-class Clock:
-    """Seconds of a clip by what they went into, and until its first step."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.began = time.monotonic()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, what: str) -> Iterator[None]:
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - begin
-
-    def first_step(self, since: float) -> str:
-        """Notes that the first step, begun at ``since``, is done; a sentence on it."""
-        now = time.monotonic()
-        self.seconds["step"], self.seconds["first_step"] = now - since, now - self.began
-        parts = [f"{self.seconds[what]:.1f} s {what}" for what in ("loading", "encoding") if what in self.seconds]
-        parts.append(f"{now - since:.1f} s for the step itself")
-        return f"First step after {now - self.began:.1f} s: {', '.join(parts)}."
 
 
 class Components:
@@ -177,7 +92,7 @@ class Components:
         self.loras = loras or (None if files.backbone is None else LoraMerge((), files.backbone))
         self.limit = None if memory is None else amount_of_memory(memory, total_bytes(device))
         chosen = {"text_encoder": encoder_device, "video_vae": vae_device, "audio_vae": vae_device}
-        self.chosen = {role: device if _is_same(wanted, device) else wanted for role, wanted in chosen.items()}
+        self.chosen = {role: device if is_same_device(wanted, device) else wanted for role, wanted in chosen.items()}
         self.clock = Clock()
         self.plan = self._unplanned()
         self._kept: dict[str, torch.nn.Module] = {}
@@ -259,6 +174,8 @@ class Components:
                     raise
                 form = None
         if form is None:
+            if "backbone" in self._streams:
+                self._streams["backbone"].recall()
             return False
         self._release()
         self._remember("backbone", used, form)
@@ -316,7 +233,7 @@ class Components:
                 changes=self.loras.changes,
                 compile=self.compile,
             )
-        names = _block_names(self._info(role))
+        names = block_names(self._info(role))
         in_ram = [f"{names[index]}." for index in where.streamed]
         with self.loras.changes() as changes:
             backbone = load_backbone(
@@ -380,7 +297,7 @@ class Components:
         return Placement(self.home(role)) if planned is None else planned
 
     def _unplanned(self) -> MemoryPlan:
-        return MemoryPlan(None, Placement(self.device), self.device.type != "cpu")
+        return MemoryPlan(None, Placement(self.device), self.device.type != "cpu" and not self.compile)
 
     def home(self, role: str) -> torch.device:
         """Where a component works while there is memory enough."""
@@ -391,13 +308,13 @@ class Components:
         device = self.home(role)
         if device.type != "cuda":
             return None
-        there = _free_bytes(device) + reserved_bytes(device)
+        there = free_bytes(device) + reserved_bytes(device)
         limit = self.limit if device == self.device else None
         budget = there - WORKSPACE if limit is None else min(limit, there)
         return max(0, min(budget, self._ceilings.get(role, budget)))
 
     def _place_backbone(self, geometry: ClipGeometry, together: int, budget: int) -> tuple[Placement, bool]:
-        demand = self._backbone_demand(geometry, together)
+        demand = self.backbone_demand(geometry, together)
         found = place_backbone(self.device, budget, demand)
         if found is not None:
             return found
@@ -457,7 +374,7 @@ class Components:
 
     def _free(self, device: torch.device) -> int:
         """Bytes of a GPU that may still be taken."""
-        free = _free_bytes(device)
+        free = free_bytes(device)
         if self.limit is None or device != self.device:
             return free
         return min(free, self.limit - reserved_bytes(device))
@@ -487,16 +404,15 @@ class Components:
 
     def weights(self, role: str) -> Weights:
         """Bytes of a component's weights on its device, those of its blocks by themselves."""
-        info = self._info(role)
-        if role == "backbone":
-            return Weights(0) if self.parallel else _backbone_weights(info, self.backbone_dtype)
-        if role == "text_encoder":
-            return Weights(*text_encoder_weights(info))
-        if role == "audio_vae":
-            return Weights(memory_bytes(audio_vae_part(info)))
-        size = self.vae_dtype.itemsize
-        return Weights(
-            sum(t.numel * (4 if n.startswith(ENCODING_HALF) else size) for n, t in info.model_tensors.items())
+        if role == "backbone" and self.parallel:
+            return Weights(0)
+        dtype = self.backbone_dtype if role == "backbone" else self.vae_dtype
+        return component_weights(role, self._info(role), dtype)
+
+    def backbone_demand(self, geometry: ClipGeometry, together: int = 1) -> Demand:
+        """What denoising a clip takes on the backbone's device, ``together`` predictions in a pass at most."""
+        return backbone_demand(
+            self._info("backbone"), self.backbone_dtype, geometry, together=together, compiled=self.compile
         )
 
     def _bytes_at(self, role: str, where: Placement) -> int:
@@ -507,58 +423,11 @@ class Components:
         """The video VAE without weights, to be asked what its work takes."""
         return empty_video_vae(self._info("video_vae"), self.vae_dtype)
 
-    def _backbone_demand(self, geometry: ClipGeometry, together: int) -> Demand:
-        info = self._info("backbone")
-        config, size = backbone_config(info), main_dtype(info, self.backbone_dtype).itemsize
-        values = sum(_count(shape) for shape in (geometry.latent_shape, geometry.audio_shape) if shape)
-        beside = LATENT_COPIES * 4 * values + _unpacked_bytes(info, self.backbone_dtype)
-        share = COMPILED_SHARE if self.compile else 1
-        works = [
-            beside + int(share * activation_bytes(config, count, geometry.tokens, size)) for count in (1, together)
-        ]
-        return Demand(self.weights("backbone"), works[0], works[1] if together > 1 else None)
-
     def _info(self, role: str) -> FileInfo:
         path = getattr(self.files, role)
         return _described(path, path.stat().st_mtime_ns)
 
 
-def _is_same(one: torch.device | None, other: torch.device) -> bool:
-    """Whether two names are of one device: "cuda" is the first GPU."""
-    return one is not None and (one.type, one.index or 0) == (other.type, other.index or 0)
-
-
 @lru_cache(maxsize=8)
 def _described(path: Path, _: int) -> FileInfo:
     return describe_file(path)
-
-
-def _block_names(info: FileInfo) -> list[str]:
-    """The names of a backbone's blocks, in the order they run."""
-    config = backbone_config(info)
-    counts = (config.num_double_layers, config.num_single_layers)
-    return [f"{kind}.{index}" for kind, count in zip(BLOCK_LISTS, counts, strict=True) for index in range(count)]
-
-
-def _backbone_weights(info: FileInfo, dtype: torch.dtype | None) -> Weights:
-    blocks = dict.fromkeys(_block_names(info), 0)
-    rest = 0
-    for tensor in plan_tensors(info, dtype):
-        name = ".".join(tensor.name.split(".")[:2])
-        if name in blocks:
-            blocks[name] += tensor.nbytes
-        else:
-            rest += tensor.nbytes
-    return Weights(rest, tuple(blocks.values()))
-
-
-def _unpacked_bytes(info: FileInfo, dtype: torch.dtype | None) -> int:
-    """Bytes of the largest quantised weight in the type that it is multiplied in, at most two values a byte."""
-    sizes = [
-        t.nbytes * (2 if t.dtype.is_floating_point else 4) for t in plan_tensors(info, dtype) if t.dtype.itemsize == 1
-    ]
-    return max(sizes, default=0)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

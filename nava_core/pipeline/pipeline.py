@@ -19,9 +19,10 @@ from ..sampling import FlowUniPC, Guidance, Interrupted, find_preset, flow_sigma
 from . import stages
 from .clip import Clip
 from .decode import decode_clip, save_clip
+from .devices import check_memory, choose_device
 from .files import KINDS, OPTIONAL, ModelFiles
 from .latents import ClipLatents
-from .memory import Components, check_memory, choose_device
+from .memory import Components
 from .stages import Voice, clip_geometry, default_guidance, fit_picture, read_picture
 
 

@@ -12,6 +12,7 @@ import weakref
 
 import diffusers.hooks  # noqa: F401 - it looks at the real torch.cuda when it is imported
 import torch
+from torch._utils import _get_device_index as _device_number  # which refuses "cuda" without a number
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -114,13 +115,22 @@ class PlayedGpu(contextlib.ExitStack):
         put("synchronize", lambda *_: None)
         put("get_device_name", lambda *_: "a played GPU")
         put("get_device_capability", lambda *_: (8, 0))
-        put("get_per_process_memory_fraction", lambda *_: self.limit / self.total)
-        put("set_per_process_memory_fraction", lambda share, *_: setattr(self, "limit", round(share * self.total)))
+        put("current_device", lambda: 0)
+        put("get_per_process_memory_fraction", self._share)
+        put("set_per_process_memory_fraction", self._set_share)
         put("device", lambda *_: contextlib.nullcontext())
         put("Stream", type("Stream", (SideStream,), {"gpu": self}))
         put("stream", self._as_current)
         put("current_stream", lambda *_: torch.cuda.Stream())
         put("cudart", lambda: self)
+
+    def _share(self, device=None) -> float:
+        _device_number(device)
+        return self.limit / self.total
+
+    def _set_share(self, share: float, device=None) -> None:
+        _device_number(device)
+        self.limit = round(share * self.total)
 
     @contextlib.contextmanager
     def _as_current(self, stream):

@@ -159,7 +159,7 @@ def test_parts_on_devices_of_their_own_and_a_limit_of_memory(nava, models, monke
     for arguments, words in (
         (["--memory", "much"], "--memory: 'much' is no amount of memory: give one such as 6GB"),
         (["--memory", "9GB"], "--memory: 9GB is more memory than there is: the GPU has 8.0 GB in all"),
-        (["--memory", "6GB", "--device", "cpu"], "is for a CUDA GPU, and the backbone works on cpu"),
+        (["--memory", "6GB", "--device", "cpu"], "is for a CUDA GPU, and the models work on cpu"),
         (["--encoder-device", "cuda:2"], "--encoder-device: There is no device cuda:2 here"),
         (["--vae-device", "attic"], "--vae-device: There is no device attic here"),
     ):

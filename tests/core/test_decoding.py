@@ -32,6 +32,7 @@ from nava_core.decoding import (
 from nava_core.demo import AUDIO_CONFIG, make_small_models
 from nava_core.explain import TooLittleMemoryError, explain, is_out_of_memory
 from nava_core.offload import Placement
+from nava_core.parallel.workers import LostWorkerError
 from nava_core.pipeline import decode
 
 diffusers = pytest.importorskip("diffusers", reason="the standalone VAEs need diffusers")
@@ -535,7 +536,8 @@ def test_what_running_out_of_memory_looks_like():
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ):
         assert is_out_of_memory(error)
-    for error in (RuntimeError("The network returned NaN."), ValueError("out of memory"), KeyError("x")):
+    lost = LostWorkerError("A worker was lost, killed or out of memory.")
+    for error in (RuntimeError("The network returned NaN."), ValueError("out of memory"), KeyError("x"), lost):
         assert not is_out_of_memory(error)
 
 

@@ -28,7 +28,7 @@ from nava_core.explain import TooLittleMemoryError, explain
 from nava_core.geometry import ClipGeometry
 from nava_core.offload import plan, spread
 from nava_core.parallel import Parallel
-from nava_core.pipeline import Clip, Components, ModelFiles, NavaPipeline, memory, stages
+from nava_core.pipeline import Clip, Components, ModelFiles, NavaPipeline, clock, memory, sizes, stages
 from nava_core.prompt.umt5 import UMT5Config
 from nava_core.sampling import Guidance, flow_sigmas
 
@@ -115,7 +115,7 @@ def opened(files, said=None, **options):
 def budget_for(files, resident, *, together=1, seconds=0.5, width=64, height=32, mode="video+audio", **_):
     """The bytes with which so many of a clip's nine blocks are resident."""
     components = Components(files, torch.device("cuda"), None, print, False)
-    demand = components._backbone_demand(ClipGeometry(seconds, width, height, mode), together)
+    demand = components.backbone_demand(ClipGeometry(seconds, width, height, mode), together)
     work = demand.work if together == 1 else demand.batched
     streamed = spread(9, 9 - resident) if resident < 9 else ()
     return demand.weights.on_device(streamed) + work + SLACK
@@ -257,7 +257,7 @@ def test_denoising_takes_what_is_planned_with_at_the_released_size(monkeypatch, 
             live.ignore(*network.parameters(), context, *voice.values())
             settings = {"sigmas": flow_sigmas(3), "guidance": Guidance(), "batch_predictions": batched}
             loop.denoise(network, video.clone(), audio.clone(), context, negative=context.clone(), **settings, **voice)
-        work = memory.LATENT_COPIES * (video.nbytes + audio.nbytes)
+        work = sizes.LATENT_COPIES * (video.nbytes + audio.nbytes)
         work += activation_bytes(config, 3 if batched else 1, geometry.tokens, 2)
         assert 0.9 * work < live.peak < work + 0.1 * 2**29, (batched, live.peak, work)  # the room is five times that
 
@@ -396,7 +396,7 @@ def test_what_stays_in_ram_as_it_is_in_the_file_is_mapped(files, gpu, monkeypatc
     mapped.clear()
     pipeline = opened(files, memory=budget_for(files, 1))
     pipeline(PROMPT, **SHORT)
-    names = memory._block_names(describe_file(files.backbone))
+    names = sizes.block_names(describe_file(files.backbone))
     streamed = [f"{names[index]}." for index in pipeline.components.plan.backbone.streamed]
     of_blocks = {name for name in tensors if name.startswith(tuple(streamed))}
     assert {name for file, name in mapped if file == "wide.safetensors"} == of_blocks
@@ -619,8 +619,7 @@ def test_errors_that_are_none_of_memory_go_through(files, gpu, monkeypatch):
 @pytest.mark.usefixtures("_latents_only")
 def test_the_time_to_the_first_step_is_said_and_there_to_read(files, monkeypatch):
     now = iter(range(1000))
-    monkeypatch.setattr(memory.time, "monotonic", lambda: float(next(now)))
-    monkeypatch.setattr(stages.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(clock.time, "monotonic", lambda: float(next(now)))
     said, steps = [], []
     pipeline = NavaPipeline.from_files(files, device="cpu", say=said.append)
     pipeline(PROMPT, **SHORT, callback=lambda step, *_: steps.append((step, dict(pipeline.timing))))

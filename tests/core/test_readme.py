@@ -54,7 +54,7 @@ def test_resident_blocks_of_each_budget():
     from nava_core.backbone import BackboneConfig, NavaBackbone, activation_bytes
     from nava_core.geometry import ClipGeometry
     from nava_core.offload import Demand, Weights, least_budget, place_backbone
-    from nava_core.pipeline.memory import LATENT_COPIES
+    from nava_core.pipeline.sizes import LATENT_COPIES
 
     with torch.device("meta"):
         network = NavaBackbone(BackboneConfig(), dtype=torch.bfloat16)
