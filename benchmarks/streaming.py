@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from torch import nn
 from benchmarks.backbone import CONFIGS, SIZES, clip_of, device_name, draw_weights, tidy
 from benchmarks.live_memory import LiveMemory
 from nava_core.backbone import BackboneConfig, NavaBackbone
+from nava_core.backbone.formats import FORMATS, MADE_HERE, QuantisedLayer
+from nava_core.backbone.quant_linear import QuantLinear
 from nava_core.backbone.quantized import Fp8Linear
 from nava_core.checkpoint import assign_tensor
 from nava_core.geometry import ClipGeometry
@@ -31,23 +34,52 @@ SMALL = BackboneConfig(
     dim=128, ffn_dim=512, freq_dim=32, text_dim=64, num_heads=2, num_double_layers=3, num_single_layers=6
 )
 MODELS = {"small": SMALL, **CONFIGS}
+WEIGHTS = ("bf16", "fp8", *MADE_HERE)
 SHARES = (1.0, 0.5, 0.25, 0.0)
 TINY = (64, 64, 3)  # width, height, latent frames
 GB = 1e9
 
 
+def blocks_of(model: NavaBackbone) -> list[nn.Module]:
+    return [*model.double_blocks, *model.single_blocks]
+
+
 def model_in_ram(config: BackboneConfig, device: str, weights: str) -> NavaBackbone:
-    """A backbone of random weights in RAM, bf16, or with the blocks' Linears in fp8; drawn on ``device`` one by one."""
+    """A backbone of random weights in RAM, bf16, or with the blocks' Linears quantised; made on ``device``, a block at
+    a time."""
     with torch.device("meta"):
         model = NavaBackbone(config, dtype=torch.bfloat16)
     for name, tensor in draw_weights(config, torch.bfloat16, device):
         assign_tensor(model, name, tensor.to("cpu"))
-    if weights == "fp8":
-        for block in (*model.double_blocks, *model.single_blocks):
-            for name, module in list(block.named_modules()):
-                if isinstance(module, nn.Linear):
-                    block.set_submodule(name, Fp8Linear.from_linear(module.to(device)).to("cpu"))
+    for block in blocks_of(model):
+        quantise_linears(block.to(device), weights)
+        block.to("cpu")
     return model.eval().requires_grad_(False)
+
+
+def quantise_linears(block: nn.Module, weights: str) -> None:
+    """A block's Linears as a file of these weights has them: "bf16", "fp8", or one of ComfyUI's formats."""
+    for name, module in list(block.named_modules()):
+        if isinstance(module, nn.Linear) and weights != "bf16":
+            make = fp8_linear if weights == "fp8" else partial(quantised_linear, weights)
+            block.set_submodule(name, make(module))
+
+
+def fp8_linear(linear: nn.Linear) -> Fp8Linear:
+    if linear.weight.is_meta:
+        return Fp8Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    return Fp8Linear.from_linear(linear)
+
+
+def quantised_linear(weights: str, linear: nn.Linear) -> QuantLinear:
+    layer = QuantisedLayer.made(FORMATS[weights], tuple(linear.weight.shape))
+    made = QuantLinear(layer, layer.parts, linear.bias is not None, device=linear.weight.device)
+    if not linear.weight.is_meta:
+        for suffix, part in layer.quantise(linear.weight.detach()).items():
+            getattr(made, f"weight{suffix}").data = part
+    if linear.bias is not None:
+        made.bias.data = linear.bias.detach()
+    return made
 
 
 def run_steps(model: NavaBackbone, clip: ClipGeometry, device: str, steps: int) -> tuple[list[float], tuple]:
@@ -106,7 +138,7 @@ def measure_share(model: NavaBackbone, share: float, clip: ClipGeometry, device:
 def measure(config: BackboneConfig, clip: ClipGeometry, device: str, weights: str, steps: int) -> dict:
     """Everything the command reports, as it goes to JSON."""
     model = model_in_ram(config, device, weights)
-    sizes = [sum(p.nbytes for p in block.parameters()) for block in (*model.double_blocks, *model.single_blocks)]
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(model)]
     report = {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -154,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", choices=MODELS, help="by default small on the CPU, released on a GPU")
     parser.add_argument("--size", help="WIDTHxHEIGHTxLATENT_FRAMES, or 720p; by default tiny on the CPU, 720p on a GPU")
-    parser.add_argument("--weights", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--weights", choices=WEIGHTS, default="bf16")
     parser.add_argument("--steps", type=int, default=4, help="of which the first is reported by itself (default 4)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from safetensors.torch import load_file
 
 from benchmarks import backbone as benchmark
 from benchmarks import decode as decoding
-from benchmarks import streaming
+from benchmarks import memory, streaming
+from benchmarks.live_memory import LiveMemory
 from benchmarks.plain import PlainBackbone
 from nava_core.backbone import BackboneConfig, NavaBackbone
+from nava_core.backbone.formats import MADE_HERE
+from nava_core.geometry import ClipGeometry
 
 TOLERANCE = 2e-4
 SMALL = BackboneConfig(
@@ -221,3 +225,81 @@ def test_wrong_arguments_for_decoding_end_in_a_sentence(arguments, words, capsys
     with pytest.raises(SystemExit):
         decoding.parse(arguments)
     assert words in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the memory tables
+
+
+def test_counted_sampling_is_what_a_run_on_the_cpu_holds():
+    clip = ClipGeometry(0.5, 64, 64)
+    for weights in ("bf16", "fp8"):
+        counted = memory.count_sampling(streaming.SMALL, clip, weights)
+        model = streaming.model_in_ram(streaming.SMALL, "cpu", weights)
+        with LiveMemory() as live:
+            live.ignore(*model.parameters())
+            streaming.run_steps(model, clip, "cpu", 2)
+        stored = sum(p.nbytes for p in model.parameters())
+        assert counted["weight_bytes"] == stored
+        assert counted["cases"][0]["peak_bytes"] - stored == pytest.approx(live.peak, rel=0.1)
+
+
+def test_fewer_resident_blocks_are_counted_as_less_down_to_two_of_them():
+    counted = memory.count_sampling(streaming.SMALL, ClipGeometry(0.5, 64, 64), "bf16")
+    with torch.device("meta"):
+        weights = memory.bytes_of_weights(NavaBackbone(streaming.SMALL, dtype=torch.bfloat16))
+    peaks = [case["peak_bytes"] for case in counted["cases"]]
+    assert peaks == sorted(peaks, reverse=True)
+    largest = max(a + b for a, b in pairwise(weights.blocks))
+    assert peaks[0] - peaks[-1] == sum(weights.blocks) - largest
+
+
+@pytest.mark.parametrize("weights", MADE_HERE)
+def test_every_kind_of_weights_is_counted_smaller_than_bf16(weights):
+    pytest.importorskip("comfy_kitchen")
+    clip = ClipGeometry(0.5, 64, 64)
+    counted, plain = (memory.count_sampling(streaming.SMALL, clip, kind) for kind in (weights, "bf16"))
+    assert counted["weight_bytes"] < 0.75 * plain["weight_bytes"]
+
+
+def test_counted_decoding_is_what_a_run_on_the_cpu_holds():
+    pytest.importorskip("diffusers")
+    counted = memory.count_decoding("small", (160, 64, 2))
+    vae = decoding.random_video_vae("small", torch.bfloat16, "cpu")
+    latent = torch.zeros(1, 48, 2, 4, 10)
+    with torch.inference_mode(), LiveMemory() as live:
+        live.ignore(*vae.parameters(), *vae.buffers(), latent)
+        decoding.decode_video(vae, latent, decoding.WHOLE, keep=False)
+    assert counted[0]["form"] == "whole frames"
+    assert counted[0]["peak_bytes"] == pytest.approx(live.peak, rel=0.1)
+    assert counted[-1]["tile"] == 128
+
+
+def test_the_readme_shows_the_figures_of_the_file():
+    text = memory.README.read_text()
+    assert memory.readme_with_tables(text, json.loads(memory.RESULTS.read_text())) == text
+
+
+def test_the_figures_of_the_file_are_those_of_this_code():
+    report = json.loads(memory.RESULTS.read_text())
+    if report["device"] is not None:
+        assert report["memory"] == "torch.cuda.max_memory_allocated"
+        return
+    config, clip = benchmark.CONFIGS["released"], benchmark.clip_of(*memory.SMALL)
+    assert memory.count_sampling(config, clip, "bf16") in report["sampling"]
+
+
+def test_targets_are_judged_by_the_figures_and_left_open_where_there_are_none():
+    case = {"resident": 1.0, "peak_bytes": 17e9}
+    entry = {"weights": "bf16", "width": 1280, "height": 704, "seconds": 6.0, "weight_bytes": 12e9, "cases": [case]}
+    report = memory.with_targets({"sampling": [entry]})
+    judged = {target["what"]: target["met"] for target in report["targets"]}
+    assert judged["bf16, resident"] is False
+    assert judged["fp8, resident"] is None
+    assert "bf16, resident: 17.00, aimed at 16 at most  MISSED" in memory.targets_table(report)
+    case["peak_bytes"] = 15e9
+    assert memory.with_targets(report)["targets"][0]["met"] is True
+
+
+def test_a_readme_without_a_place_for_the_tables_is_refused():
+    with pytest.raises(ValueError, match="no place for sampling memory"):
+        memory.readme_with_tables("# A readme", {})

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -349,7 +351,7 @@ def run_scripts_test(root, *arguments, **environment):
         env={**kept, "HOME": str(root / "home"), **environment}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     calls = [line.replace(str(root), "").split(" -m pytest --color=no ") for line in noted(root / "tests.txt")]
-    return done.returncode, done.stdout, calls
+    return done.returncode, done.stdout, calls[:1] + sorted(calls[1:])  # those on ComfyUIs begin at the same time
 
 
 NONE, BASE = "none /.venv/bin/python", "/.venv/hosts/{0}/bin/python"
@@ -411,6 +413,46 @@ def test_a_failure_on_one_comfyui_is_told_at_the_end(two_comfyuis):
     assert last[0] == f"FAILED tests/host/test_a.py::test_b - Wrong  [{name}]"
     assert last[3] == f"{name}: 1 failed, 2 passed, 1 warning in 2.50s (0:00:02)"
     assert last[4:] == [f"failed: {name}", "1 failed, 8 passed, 2 skipped, 1 warning in 4.50s"]
+
+
+MEET = """touch "$HOME/$$.here"
+for _ in $(seq 100); do
+    [ "$(ls "$HOME"/*.here | wc -l)" -lt 2 ] || break
+    sleep 0.1
+done
+ls "$HOME"/*.here | wc -l | sed 's/$/ passed in 1.00s/'"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor: one after the other")
+def test_the_comfyuis_have_their_turn_at_the_same_time(two_comfyuis):
+    root, _ = two_comfyuis
+    code, out, _ = run_scripts_test(root, "tests/host", PYTEST=MEET)
+    assert code == 0
+    assert out.splitlines()[-1].startswith("4 passed")
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor: one after the other")
+def test_an_interruption_ends_all_that_runs(two_comfyuis):
+    root, _ = two_comfyuis
+    run_scripts_test(root, "tests/core")  # makes the environment
+    wait = """echo $$ >>"$HOME/pids"; exec sleep 60"""
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHON", "COMFYUI_PATH")}
+    process = subprocess.Popen(
+        [root / "scripts" / "test", "tests/host"], env={**kept, "HOME": str(root / "home"), "PYTEST": wait},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    pids = root / "home" / "pids"
+    until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(20) != 0
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.read_text().split()))
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_exit_codes(two_comfyuis):
