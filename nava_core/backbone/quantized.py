@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -83,6 +87,30 @@ def dequantise_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
         # Both factors are exact in bfloat16 and a product is rounded once: the float32 detour, without its memory.
         return weight.to(dtype).mul_(scale.reshape(shape))
     return weight.to(torch.float32).mul_(scale.to(torch.float32).reshape(shape)).to(dtype)
+
+
+@dataclass(frozen=True)
+class RowFp8Layer:
+    """A layer's weight (out, in) in float8 with a scale a row, seen as the formats of ``formats`` are."""
+
+    shape: tuple[int, int]
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and types of what is stored, by what follows the weight's name in a file."""
+        return {"": (self.shape, FP8), "_scale": (self.shape[:1], torch.bfloat16)}
+
+    def dequantise(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The weight (out, in) as ``dtype``."""
+        return dequantise_rows(parts[""], parts["_scale"], dtype)
+
+    def quantise(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As ``quantise_rows``."""
+        return dict(zip(self.parts, quantise_rows(weight), strict=True))
+
+    def requantise(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+        """As ``quantise_rows_stochastically``."""
+        return dict(zip(self.parts, quantise_rows_stochastically(weight, seed), strict=True))
 
 
 def fp8_matmul_problem(device: torch.device | str) -> str | None:

@@ -12,6 +12,7 @@ class FileKind(str, Enum):
 
     NAVA_BACKBONE = "nava_backbone"
     NAVA_BACKBONE_FP8 = "nava_backbone_fp8"
+    NAVA_BACKBONE_QUANTISED = "nava_backbone_quantised"
     LORA = "lora"
     WAN = "wan"
     LTX_AV = "ltx_av"
@@ -39,11 +40,12 @@ class FileKind(str, Enum):
 
 
 SHOWN_NAMES, SHOWN_LENGTH = 3, 80  # of tensors in a sentence
-BACKBONES = frozenset({FileKind.NAVA_BACKBONE, FileKind.NAVA_BACKBONE_FP8})
+BACKBONES = frozenset({FileKind.NAVA_BACKBONE, FileKind.NAVA_BACKBONE_FP8, FileKind.NAVA_BACKBONE_QUANTISED})
 
 NOUNS = {
     FileKind.NAVA_BACKBONE: "a NAVA backbone",
     FileKind.NAVA_BACKBONE_FP8: "a NAVA backbone in fp8",
+    FileKind.NAVA_BACKBONE_QUANTISED: "a quantised NAVA backbone",
     FileKind.LORA: "a LoRA",
     FileKind.WAN: "a Wan video model",
     FileKind.LTX_AV: "an LTX video-and-audio model",

@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..backbone.config import BackboneConfig
+from ..backbone.formats import QuantLinear
 from ..backbone.quantized import Fp8Linear, quantise_rows
 from ..checkpoint import describe_file, open_checkpoint, stream_tensors
-from ..checkpoint.loading import PlannedTensor, assign_tensor, empty_backbone
+from ..checkpoint.loading import PlannedTensor, assign_tensor, empty_backbone, rounding_seed
 from .cluster import UNWANTED, code_version
 from .layout import Layout
 from .sharding import shard_weights
@@ -86,8 +87,8 @@ class Worker:
     # ------------------------------------------------------------ weights
 
     def prepare(self, config: Mapping, plan: Iterable[tuple], dtype: torch.dtype) -> None:
-        """Make the network, without its weights. ``plan``: (name, shape, type) of each tensor to come."""
-        tensors = {name: PlannedTensor(name, tuple(shape), kind) for name, shape, kind in plan}
+        """Make the network, without its weights. ``plan``: what ``PlannedTensor.plain`` gives of those to come."""
+        tensors = {tensor.name: tensor for tensor in map(PlannedTensor.from_plain, plan)}
         self.model = empty_backbone(BackboneConfig(**config), tensors, dtype).eval()
         if self.shards:
             layout = Layout(self.ranks // self.shards, self.shards)
@@ -119,6 +120,10 @@ class Worker:
                 weight, scale = quantise_rows(tensor)
                 self._fill(name, weight)
                 self._fill(name + "_scale", scale)
+            elif leaf == "weight" and isinstance(module, QuantLinear):
+                parts = module.layer.requantise(module.parts(_whole), tensor.to(self.device), rounding_seed(name))
+                for suffix, part in parts.items():
+                    self._fill(name + suffix, part)
             else:
                 self._fill(name, tensor.to(self.model.get_parameter(name).dtype))
         return list(tensors)
@@ -126,6 +131,8 @@ class Worker:
     def _fill(self, name: str, tensor: Tensor) -> None:
         parameter = self.model.get_parameter(name)
         if isinstance(parameter, DTensor):
+            if tensor.dtype.itemsize == 1:
+                tensor = tensor.view(parameter.dtype)
             mine = distribute_tensor(
                 tensor.to(self.device), parameter.device_mesh, parameter.placements, src_data_rank=None
             )
@@ -182,6 +189,17 @@ class Worker:
             if self.rank in members:
                 mine = group
         return mine
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that workers may hold a part of each; of float8 its bytes, which gloo knows."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = tensor.to_local()
+    if tensor.dtype.itemsize == 1:
+        local = local.view(torch.uint8)
+    whole = {"shape": tensor.shape, "stride": tensor.stride()}
+    return DTensor.from_local(local, tensor.device_mesh, tensor.placements, **whole).full_tensor()
 
 
 def _places(path: Path) -> Iterable[Path]:

@@ -11,7 +11,7 @@ from ..checkpoint import FileInfo, FileKind, WrongFileError, describe_file, expl
 from ..components import audio_vae_part, holds, load_problem
 
 KINDS = {
-    "backbone": (FileKind.NAVA_BACKBONE, FileKind.NAVA_BACKBONE_FP8),
+    "backbone": (FileKind.NAVA_BACKBONE, FileKind.NAVA_BACKBONE_FP8, FileKind.NAVA_BACKBONE_QUANTISED),
     "text_encoder": (FileKind.UMT5, FileKind.UMT5_ORIGINAL),
     "video_vae": (FileKind.WAN22_VAE,),
     "audio_vae": (FileKind.LTX_AUDIO_VAE,),

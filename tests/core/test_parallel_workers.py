@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from nava_core import BackboneConfig, NavaBackbone, load_backbone
+from nava_core.backbone.formats import QuantLinear
+from nava_core.convert import convert
 from nava_core.parallel import workers as module
 from nava_core.parallel.cluster import ClusterError, connected
 from nava_core.parallel.layout import Layout, choose_layout, layout_problem, step_seconds
@@ -207,6 +209,28 @@ def test_fp8_weights_and_changes_of_them(ray, path):
             model.get_parameter(name + "_scale").data.copy_(scale)
         else:
             model.get_parameter(name).data.copy_(tensor)
+    with torch.no_grad():
+        for pair, each in zip(got, passes, strict=True):
+            for part, wanted in zip(pair, model(**each), strict=True):
+                assert (part - wanted).abs().max() < 0.03 * wanted.abs().max()  # bf16, summed in another order
+    backbone.close()
+
+
+@pytest.mark.parametrize("weights", ["replicated", "sharded"])
+@pytest.mark.parametrize("dtype", ["nvfp4", "w4a8"])
+def test_quantised_weights_and_changes_of_them(ray, path, tmp_path, dtype, weights):
+    """Two formats in one file, a scale without dimensions among them; a LoRA is rounded as in one process."""
+    pytest.importorskip("comfy_kitchen", reason="the formats need comfy-kitchen (extra [quantized])")
+    protected = ["double_blocks.0.self_attn.q_audio", "single_blocks.0.ffn.2"]
+    file = convert(path, tmp_path / "small.safetensors", dtype=dtype, protected=protected).path
+    passes = [{k: v.bfloat16() if k in ("video", "audio", "context", "timbre") else v for k, v in each.items()}
+              for each in some_passes()]  # fmt: skip
+    backbone = ParallelBackbone(file, workers=2, layout=Layout(1, 2), weights=weights, changes=changed_weights)
+    got = backbone.run_together(passes)
+    changes = {name: lambda _, tensor=tensor: tensor for name, tensor in changed_weights()}
+    model = load_backbone(file, changes=changes)
+    kinds = {module.layer.format.name for module in model.modules() if isinstance(module, QuantLinear)}
+    assert len(kinds) == 2
     with torch.no_grad():
         for pair, each in zip(got, passes, strict=True):
             for part, wanted in zip(pair, model(**each), strict=True):
