@@ -83,9 +83,9 @@ def compare_files(
 ) -> Comparison:
     """Errors of the backbone file ``other`` against ``reference``, of whatever forms the two are, on a small clip.
 
-    Latents are those that ``reference`` itself makes of noise. ``conditions``: None for the text null of training. Both are run
-    block by block. ``progress(done, of)``. Raises as ``load_backbone`` does, and WrongFileError where the two are not
-    the same network.
+    Latents are those that ``reference`` itself makes of noise. ``conditions``: None for the text null of training. Both
+    are run block by block. ``progress(done, of)``. Raises as ``load_backbone`` does, and WrongFileError where the two
+    are not the same network.
     """
     first, second = readable_backbone(reference), readable_backbone(other)
     done = 0

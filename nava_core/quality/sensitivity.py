@@ -72,8 +72,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Errors that rounding to ``format`` ("nvfp4", "w4a8", "w6a8" ...) causes, Linear by Linear of a backbone file.
 
-    ``conditions``: None for the text null of training. ``progress(done, of)`` is called after each block. Beside one block and
-    the layers outside the blocks, in float32, memory holds two probes a block. Raises as ``load_backbone`` does.
+    ``conditions``: None for the text null of training. ``progress(done, of)`` is called after each block. Beside one
+    block and the layers outside the blocks, in float32, memory holds two probes a block. Raises as ``load_backbone``.
     """
     info = readable_backbone(path)
     shapes = {name: shape for name, shape in block_linears(info).items() if FORMATS[format].fits(shape)}

@@ -92,10 +92,11 @@ def over_workers(patcher, workers: int, layout: str, weights: str):
     parallel = Parallel(workers, layout, weights)
     parallel.check(path, device)
 
-    keeps_fp8 = source.model_config.custom_operations is not None
-    if weight_dtype == "fp8 fast":
-        logging.warning("NAVA Parallel: workers dequantise fp8 weights, as with weight_dtype fp8.")
-    dtype = FP8 if keeps_fp8 else source.get_dtype_inference()
+    if weight_dtype in ("fp8 fast", "auto fast"):
+        logging.warning("NAVA Parallel: workers dequantise quantised weights, as without fast.")
+    dtype = source.get_dtype_inference()
+    if source.model_config.custom_operations is not None:
+        dtype = None if describe_file(path).layers else FP8
     model = DistantModel(source.model_config)
     model.diffusion_model.dtype = source.get_dtype_inference()
     distant = comfy.model_patcher.ModelPatcher(model, patcher.load_device, patcher.offload_device)
@@ -127,7 +128,7 @@ def _take_over(patcher, distant) -> None:
 def _changed_weights(path, dtype, patches):
     """(name, weight with its LoRAs merged in, fp32) of the weights that ``patches`` are for."""
     with open_checkpoint(describe_file(path)) as source:
-        for name, tensor in stream_tensors(source, torch.float32 if dtype is FP8 else dtype):
+        for name, tensor in stream_tensors(source, torch.float32 if dtype in (None, FP8) else dtype):
             key = PREFIX + name
             if key in patches:
                 yield name, comfy.lora.calculate_weight(patches[key], tensor.float(), key)
