@@ -28,6 +28,7 @@ from .checkpoint import (
     plan_tensors,
     stream_tensors,
 )
+from .checkpoint.gguf import bits_of
 from .checkpoint.headers import SAFETENSORS_DTYPES
 from .checkpoint.loading import Wanted, block_linears, layer_name, own_layers
 from .checkpoint.quantised import MARK, METADATA, WEIGHT
@@ -123,13 +124,14 @@ def wanted_type(info: FileInfo, dtype: str, protected: Collection[str] = ()) -> 
 
 def requantising(info: FileInfo, dtype: str) -> str | None:
     """A warning where a quantised file is quantised anew; raises ValueError where that could only lose."""
-    names = {layer_name(layer) for layer in own_layers(info).values()} - {dtype}
-    if not names or dtype not in BITS:
+    bits = {name: BITS[name] for name in map(layer_name, own_layers(info).values()) if name != dtype}
+    bits |= {tensor.dtype.upper(): bits_of(tensor.dtype) for tensor in info.tensors.values() if bits_of(tensor.dtype)}
+    if not bits or dtype not in BITS:
         return None
-    fewest = min(names, key=BITS.get)
-    if BITS[fewest] < BITS[dtype]:
+    fewest = min(bits, key=bits.get)
+    if bits[fewest] < BITS[dtype]:
         raise ValueError(
-            f"{info.path.name} has weights in {fewest}, {BITS[fewest]} bits each: in {dtype} they would take more room "
+            f"{info.path.name} has weights in {fewest}, {bits[fewest]} bits each: in {dtype} they would take more room "
             "and be no better. Convert the bf16 file instead."
         )
     return (

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backbone.formats import QuantisedLayer
+from .gguf import BLOCKS, MAGIC, GGUFError, read_gguf_header
 from .kinds import BACKBONES, NOUNS, FileKind, Recognised, recognise
 from .numpy_values import numpy_numbers
 from .quantised import MARK, WEIGHT, layers_phrase, read_layers
@@ -49,6 +50,7 @@ SHORT_NAMES = {
     "float64": "fp64",
     "float8_e4m3fn": "fp8",
     "float8_e5m2": "fp8 (e5m2)",
+    **{name: name.upper() for name in BLOCKS},
 }
 
 
@@ -86,7 +88,7 @@ class FileInfo:
 
     path: Path
     kind: FileKind
-    format: str  # "safetensors", "torch", or "" where the file is neither
+    format: str  # "safetensors", "torch", "gguf", or "" where the file is none of them
     size: int  # bytes
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -194,8 +196,8 @@ def _describe_content(path: Path, size: int, head: bytes) -> FileInfo:
         raise BrokenFileError(FileKind.UNSAFE, "a Python pickle that torch.save did not write")
     if head.startswith(b"\x80\x02"):
         return _model(path, size, "torch", *_read_torch(path, size, zipped=False))
-    if head.startswith(b"GGUF"):
-        return FileInfo(path, FileKind.GGUF, "", size)
+    if head.startswith(MAGIC):
+        return _describe_gguf(path, size)
     return _describe_text(path, size, head)
 
 
@@ -213,6 +215,19 @@ def _model(
     return FileInfo(
         path, kind, form, size, tensors, metadata, found.prefix, wrapper, detail, found.parts, layers, problem
     )
+
+
+def _describe_gguf(path: Path, size: int) -> FileInfo:
+    try:
+        found, metadata = read_gguf_header(path, size)
+    except GGUFError as error:
+        raise BrokenFileError(FileKind.TRUNCATED if error.truncated else FileKind.CORRUPT, str(error)) from error
+    tensors = {name: TensorInfo(*tensor) for name, tensor in found.items()}
+    info = _model(path, size, "gguf", tensors, metadata, "")
+    if info.is_backbone:
+        return info
+    detail = "" if info.kind is FileKind.UNKNOWN else f"({info.what})"
+    return FileInfo(path, FileKind.GGUF, "", size, detail=detail)
 
 
 def _describe_text(path: Path, size: int, head: bytes) -> FileInfo:

@@ -68,7 +68,7 @@ NOUNS = {
     FileKind.TRUNCATED: "an incomplete download",
     FileKind.CORRUPT: "a damaged model file",
     FileKind.UNSAFE: "a pickle that holds more than tensors and was not opened, because it could run code",
-    FileKind.GGUF: "a GGUF file, a format that is not supported",
+    FileKind.GGUF: "a GGUF file of a model that is not read here",
     FileKind.UNKNOWN: "a file of an unknown kind",
 }
 

@@ -17,6 +17,7 @@ from ..backbone.config import BackboneConfig
 from ..backbone.formats import FORMATS, Format, QuantisedLayer, QuantLinear, format_problem
 from ..backbone.model import NavaBackbone
 from ..backbone.quantized import FP8, Fp8Linear, RowFp8Layer
+from .gguf import BLOCKS, gguf_problem
 from .headers import FileInfo, TensorInfo, describe_file
 from .kinds import FileKind, WrongFileError, explain_wrong_file
 from .quantised import MARK, WEIGHT, layers_phrase
@@ -80,12 +81,12 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     changes: Mapping[str, WeightChange] | None = None,
 ) -> NavaBackbone:
-    """A backbone from a checkpoint of any form, ready to run: safetensors or torch; fp32, bf16, fp16, fp8, or one of
-    ComfyUI's quantised formats.
+    """A backbone from a checkpoint of any form, ready to run: safetensors, torch or GGUF; fp32, bf16, fp16, fp8, or one
+    of ComfyUI's quantised formats.
 
-    ``dtype``: None keeps the type most of the file is in, and quantised weights as they are (``Fp8Linear``,
-    ``QuantLinear``, the rest bfloat16); ``torch.float8_e4m3fn`` quantises the blocks' Linears on the way in;
-    any other floating type converts all to it. Beyond the loaded weights it takes the memory of the tensor
+    ``dtype``: None keeps the type most of the file is in (of GGUF: bfloat16), and quantised weights as they are
+    (``Fp8Linear``, ``QuantLinear``, the rest bfloat16); ``torch.float8_e4m3fn`` quantises the blocks' Linears on the
+    way in; any other floating type converts all to it. Beyond the loaded weights it takes the memory of the tensor
     being read (and of its float32 form where it is quantised). ``changes``, by a weight's name, are made to it on
     ``device`` as it comes in, such as those of :class:`LoraMerge`.
 
@@ -162,7 +163,7 @@ def main_dtype(info: FileInfo, dtype: Wanted = None) -> torch.dtype:
 
     Quantised weights compute in bfloat16.
     """
-    if isinstance(dtype, Mapping) or (dtype is None and info.layers):
+    if isinstance(dtype, Mapping) or (dtype is None and (info.layers or info.format == "gguf")):
         return torch.bfloat16
     if dtype is None:
         weight: dict[torch.dtype, int] = {}
@@ -376,13 +377,16 @@ def readable_backbone(path: str | os.PathLike | FileInfo) -> FileInfo:
     stored = {part for name, layer in own_layers(info).items() for part in _part_names(info, name, layer)}
     stored |= {f"{name}{WEIGHT}" for name in info.layers}
     tensors = {name: tensor for name, tensor in info.model_tensors.items() if name not in stored}
-    foreign = {name: t.dtype for name, t in tensors.items() if t.torch_dtype not in READABLE}
+    blocks = {name for name, tensor in tensors.items() if tensor.dtype in BLOCKS and info.format == "gguf"}
+    foreign = {n: t.dtype for n, t in tensors.items() if t.torch_dtype not in READABLE and n not in blocks}
     if foreign:
         name, dtype = next(iter(foreign.items()))
         raise WrongFileError(
             f"{info.path.name} has {len(foreign)} of {len(info.model_tensors)} tensors in a type that is not read here "
             f"({name}: {dtype}): get the backbone in fp32, bf16, fp16 or fp8."
         )
+    if blocks and gguf_problem():
+        raise WrongFileError(f"{info.path.name} cannot be read. {gguf_problem()}")
     for format in {layer.format.name for layer in info.layers.values()}:
         problem = format_problem(format)
         if problem:

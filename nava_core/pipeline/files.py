@@ -19,7 +19,7 @@ KINDS = {
 }
 NAMES = {role: role.replace("_", " ").replace("vae", "VAE") for role in KINDS}
 OPTIONAL = ("speaker_encoder",)
-MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".gguf")
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 
 
