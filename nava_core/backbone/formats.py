@@ -359,8 +359,8 @@ class QuantLinear(nn.Module):
 
     Parameters are named as in a file: ``weight``, what follows it (``weight_scale`` ...), ``bias``. The weight is
     dequantised for each call; the formats of the int8 units are multiplied there on a GPU that has them, which was
-    measured to cost no more than fp8 weights do. ``parts``: shapes and types of what is stored, by what follows the
-    weight's name. Only inference: none of the parameters takes a gradient.
+    measured to cost no more than fp8 weights do (``on_units`` True or False: always or never). ``parts``: shapes and
+    types of what is stored, by what follows the weight's name. Only inference: none of the parameters takes a gradient.
     """
 
     def __init__(
@@ -373,6 +373,7 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = layer
+        self.on_units: bool | None = None
         self.out_features, self.in_features = layer.shape
         self.kinds = {suffix: dtype for suffix, (_, dtype) in parts.items()}
         for suffix, (shape, dtype) in parts.items():
@@ -387,7 +388,9 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         weight = self.layer.tensor(self.parts(), x.dtype)
-        units = self.layer.format.on_int8_units and x.is_cuda and weight.layout_cls.supports_fast_matmul()
+        units = self.on_units
+        if units is None:
+            units = self.layer.format.on_int8_units and x.is_cuda and weight.layout_cls.supports_fast_matmul()
         return F.linear(x, weight if units else weight.dequantize(), bias)
 
     def extra_repr(self) -> str:

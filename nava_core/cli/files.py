@@ -148,8 +148,7 @@ def _as_text(finding: dict[str, Any]) -> str:
 def _run_compare(args: argparse.Namespace) -> int:
     from ..checkpoint import describe_file, format_bytes
     from ..pipeline import choose_device
-    from ..quality import compare_files
-    from ..quality.streamed import streamed_bytes
+    from ..quality import compare_files, streamed_bytes
 
     if len(args.files) != 2:
         raise UsageError(f"--compare takes two files, the reference and the other; got {len(args.files)}.")
@@ -244,8 +243,7 @@ def _protected(args: argparse.Namespace, info: Any, to: str, device: Any, progre
     """The layers that --protect keeps at 8 bits."""
     from ..backbone.formats import PROTECTING
     from ..checkpoint import format_bytes
-    from ..quality import measure_sensitivity, most_sensitive
-    from ..quality.streamed import streamed_bytes
+    from ..quality import measure_sensitivity, most_sensitive, sensitivity_bytes
 
     if not 0 <= args.protect <= 1:
         raise UsageError(f"--protect takes a share of the weights from 0 to 1, such as 0.1; got {args.protect:g}.")
@@ -255,7 +253,7 @@ def _protected(args: argparse.Namespace, info: Any, to: str, device: Any, progre
         return []
     if to not in PROTECTING:
         raise UsageError(f"--protect keeps weights at 8 bits beside {', '.join(PROTECTING)}; {to} has 8 or more.")
-    memory = format_bytes(streamed_bytes(info))
+    memory = format_bytes(sensitivity_bytes(info))
     progress.say(f"Measuring which layers matter, block by block: about {memory} of memory on {device}.")
     conditions = _conditions(args, info, progress)
     progress.begin("Measuring", unit="block")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..checkpoint import describe_file, plan_tensors
 from ..components import check_packages, load_tokenizer
 from ..geometry import TRAINED_SCALE
 from ..lora_merge import Lora, LoraMerge
@@ -67,11 +68,13 @@ class NavaPipeline:
         encoder and VAEs stay in this process.
 
         Raises, in a sentence, FileNotFoundError and WrongFileError for files that are not what they should be or a
-        missing tokenizer, RuntimeError for a missing package, ValueError for a device that is not there.
+        missing tokenizer, RuntimeError for a missing package, ValueError for a device that is not there, or for fp8
+        of a backbone that is quantised already.
         """
         device = choose_device(device)
         files.check()
         check_packages()
+        plan_tensors(describe_file(files.backbone), dtype)  # refuses, before any work, what the file cannot become
         if parallel is not None:
             parallel.check(files.backbone, device.type)
         if parallel is not None and loras:

@@ -2,7 +2,8 @@
 
 from .compare import Comparison, compare_files
 from .probes import PROBE_CLIP, Conditions, encode_conditions, null_conditions
-from .sensitivity import Sensitivity, measure_sensitivity, most_sensitive
+from .sensitivity import Sensitivity, measure_sensitivity, most_sensitive, sensitivity_bytes
+from .streamed import streamed_bytes
 
 __all__ = [
     "PROBE_CLIP",
@@ -14,4 +15,6 @@ __all__ = [
     "measure_sensitivity",
     "most_sensitive",
     "null_conditions",
+    "sensitivity_bytes",
+    "streamed_bytes",
 ]

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.formats import FORMATS, QuantisedLayer
-from ..checkpoint import FileInfo, block_linears, readable_backbone
+from ..checkpoint import FileInfo, backbone_config, block_linears, readable_backbone
 from ..geometry import ClipGeometry
+from ..sampling.guidance import PREDICTIONS
 from .probes import PROBE_CLIP, SIGMAS, Conditions, Probe, make_probes, null_conditions
-from .streamed import Running, StreamedBackbone
+from .streamed import Running, StreamedBackbone, streamed_bytes
 
 Progress = Callable[[int, int], None]
 
@@ -72,8 +73,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Errors that rounding to ``format`` ("nvfp4", "w4a8", "w6a8" ...) causes, Linear by Linear of a backbone file.
 
-    ``conditions``: None for the text null of training. ``progress(done, of)`` is called after each block. Beside one
-    block and the layers outside the blocks, in float32, memory holds two probes a block. Raises as ``load_backbone``.
+    ``conditions``: None for the text null of training. ``progress(done, of)`` is called after each block. Takes
+    :func:`sensitivity_bytes` of memory (``exact``: more). Raises as ``load_backbone`` does.
     """
     info = readable_backbone(path)
     shapes = {name: shape for name, shape in block_linears(info).items() if FORMATS[format].fits(shape)}
@@ -87,6 +88,15 @@ def measure_sensitivity(
             step()
         errors = measure.errors()
     return Sensitivity(errors, shapes)
+
+
+def sensitivity_bytes(path: str | os.PathLike | FileInfo, clip: ClipGeometry = PROBE_CLIP) -> int:
+    """Memory that measuring a file's Linears takes: :func:`streamed_bytes`, and all that is carried to the output."""
+    info = readable_backbone(path)
+    config = backbone_config(info)
+    carried = 2 * (config.num_double_layers + config.num_single_layers)
+    passes = len(SIGMAS) * len(PREDICTIONS)
+    return streamed_bytes(info) + carried * passes * clip.tokens * config.dim * 4
 
 
 def _counter(total: int, progress: Progress | None) -> Callable[[], None]:

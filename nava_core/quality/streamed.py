@@ -4,7 +4,7 @@ passes side by side."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from ..backbone.model import NavaBackbone
 from ..checkpoint import (
     FileInfo,
     PartSource,
-    TensorSource,
     assign_tensor,
     backbone_config,
     open_checkpoint,
@@ -26,6 +25,7 @@ from ..checkpoint import (
 
 Pass = Mapping[str, Any]  # the backbone's arguments by name
 BLOCKS = ("double_blocks", "single_blocks")
+SOUND = "patch_embedding_audio"  # more than any block, and needed before the first one only
 
 
 @dataclass
@@ -80,7 +80,7 @@ class StreamedBackbone:
     def __enter__(self) -> StreamedBackbone:
         self._source = open_checkpoint(self.info)
         try:
-            self._fill(PartSource(self._source, lambda name: not name.startswith(BLOCKS)))
+            self._fill(lambda name: not name.startswith((*BLOCKS, SOUND)))
         except BaseException:
             self._source.close()
             raise
@@ -90,7 +90,8 @@ class StreamedBackbone:
         self._source.close()
         self._network.to("meta")
 
-    def _fill(self, source: TensorSource) -> None:
+    def _fill(self, chosen: Callable[[str], bool]) -> None:
+        source = PartSource(self._source, chosen)
         for name, tensor in stream_tensors(source, torch.float32, device=self.device):
             assign_tensor(self._network, name, tensor.to(self.device))
 
@@ -101,14 +102,18 @@ class StreamedBackbone:
 
     def start(self, passes: Sequence[Pass]) -> list[Running]:
         """The passes' tokens before the first block."""
-        return [self._network.start(**{name: self._here(value) for name, value in each.items()}) for each in passes]
+        self._fill(lambda name: name.startswith(SOUND))
+        here = [{name: self._here(value) for name, value in each.items()} for each in passes]
+        started = [self._network.start(**each) for each in here]
+        getattr(self._network, SOUND).to("meta")
+        return started
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, block) one after another, each read from the file for its turn."""
         for kind in BLOCKS:
             for index, block in enumerate(getattr(self._network, kind)):
                 name = f"{kind}.{index}"
-                self._fill(PartSource(self._source, lambda each, start=f"{name}.": each.startswith(start)))
+                self._fill(lambda each, start=f"{name}.": each.startswith(start))
                 yield name, block
                 block.to("meta")
 
@@ -141,6 +146,6 @@ def streamed_bytes(path: str | os.PathLike | FileInfo) -> int:
     sizes: dict[str, int] = {}
     network = _Steps(backbone_config(info), dtype=torch.float32, device="meta")
     for name, weight in network.state_dict().items():
-        unit = ".".join(name.split(".")[:2]) if name.startswith(BLOCKS) else ""
+        unit = ".".join(name.split(".")[:2]) if name.startswith(BLOCKS) else SOUND if name.startswith(SOUND) else ""
         sizes[unit] = sizes.get(unit, 0) + weight.nbytes
     return sizes.pop("") + max(sizes.values())

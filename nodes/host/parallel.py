@@ -36,16 +36,19 @@ class DistantBackbone(HostBackbone):
     def run_pass(self, video, audio, timestep, context, *, cross_modal, options, **conditions):
         """All predictions of the host's batch, handed to the workers together."""
         count = max(1, len(options.get("cond_or_uncond", ())))
-        batch = {"video": video, "audio": audio, "timestep": timestep, "context": context, **conditions}
+        # On a CPU the host computes in float32, also over bf16 and quantised weights; workers in the weights' own type.
+        floats = {"video": video, "audio": audio, "context": context, "timbre": conditions.pop("timbre", None)}
+        batch = {name: None if x is None else x.to(self.workers.dtype) for name, x in floats.items()}
         passes = [{} for _ in range(count)]
-        for name, value in batch.items():
+        for name, value in {**batch, "timestep": timestep, **conditions}.items():
             for one, part in zip(passes, _chunks(value, count), strict=True):
                 one[name] = part
         for one, flags in zip(passes, _chunks(cross_modal, count), strict=True):
             one["cross_modal"] = bool(flags.all()) if torch.is_tensor(flags) else flags
         check = comfy.model_management.throw_exception_if_processing_interrupted
         pairs = self.workers.run_together(passes, check)
-        return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*pairs, strict=True))
+        own = (video if video is not None else audio).dtype
+        return tuple(None if parts[0] is None else torch.cat(parts).to(own) for parts in zip(*pairs, strict=True))
 
 
 def _chunks(value, count):

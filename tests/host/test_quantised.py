@@ -193,6 +193,15 @@ def test_formats_told_in_the_metadata(file, patcher, tmp_path):
     assert torch.equal(predict(host_model.load_backbone(str(tmp_path / "told.safetensors"))), predict(patcher))
 
 
+def test_loaded_again_for_another_device(patcher):
+    """As the host's nodes that select a device, or spread a model over several, do."""
+    load, arguments = patcher.cached_patcher_init
+    again = load(*arguments, disable_dynamic=True)
+    assert again.model is not patcher.model
+    assert same(stored(again), stored(patcher))
+    assert torch.equal(predict(again), predict(patcher))
+
+
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_a_host_that_does_not_know_the_format(kind, makes, caplog):
     with caplog.at_level(logging.WARNING):
