@@ -25,9 +25,9 @@ from .probes import PROBE_CLIP, Conditions, make_probes, null_conditions
 from .streamed import StreamedBackbone
 
 COMPARED_SIGMAS = (0.9999, 0.9, 0.7, 0.4)
-# Of the guided sound's relative error, see docs/quantised_weights.md: where whole clips of a network that has learnt
-# began to differ in what is heard.
-AUDIBLE_ERROR = 0.04
+# Of the guided sound's relative error, see docs/quantised_weights.md: on a small network that has learnt, weights of 6
+# and 8 bits stay below 3.5 %, those of 4 bits are at 8 to 11 %, and with the released ones others heard that.
+SOUND_ERROR = 0.05
 OUTSIDE = "outside the blocks"
 
 
@@ -57,11 +57,11 @@ class Comparison:
     def warning(self) -> str | None:
         """A sentence where the sound will suffer; None where it need not."""
         worst = max(each.audio_error for each in self.guided)
-        if worst <= AUDIBLE_ERROR:
+        if worst <= SOUND_ERROR:
             return None
         return (
-            f"The sound will suffer: the guided sound is {100 * worst:.1f} % off, and from {100 * AUDIBLE_ERROR:.0f} % "
-            "on what is heard was measured to change. Use 6 or 8 bits, or protect more layers (--protect)."
+            f"The sound will suffer: guided, it is {100 * worst:.1f} % off. Weights of 6 and 8 bits were measured "
+            "below 3.5 %, those of 4 bits at 8 to 11 %, which is heard: use 6 or 8 bits, or protect more layers (--protect)."
         )
 
     def to_dict(self) -> dict:

@@ -261,6 +261,10 @@ def test_int8_with_one_scale_and_without_rotation(makes, source, tmp_path):
     state = load_backbone(path, dtype=torch.float32).state_dict()
     for name, weight in exact.items():
         torch.testing.assert_close(state[name], weight, rtol=0, atol=1e-6)
+    again = load_backbone(
+        convert(path, tmp_path / "b.safetensors", dtype="int8").path, dtype=torch.float32
+    ).state_dict()
+    assert all(torch.equal(again[name], state[name]) for name in state)
 
 
 def test_fp8_with_one_scale_a_weight(makes, source, tmp_path):

@@ -197,6 +197,7 @@ LIES = {
     "version": b"GGUF" + struct.pack("<IQQ", 99, 0, 0),
     "many tensors": header(counts=(2**60, 0)),
     "many facts": header(counts=(0, 2**40)),
+    "many small facts": header(counts=(0, 2**18), facts=(text(b"") + struct.pack("<IB", 0, 1)) * 2**18),
     "a name without end": header(counts=(1, 0), tensors=struct.pack("<Q", 2**63)),
     "a long text": header(counts=(0, 1), facts=struct.pack("<Q", 2**40) + b"abc"),
     "an endless list": header(counts=(0, 1), facts=text(b"a") + struct.pack("<IIQ", 9, 8, 2**62)),

@@ -25,7 +25,7 @@ from nava_core.quality import (
     measure_sensitivity,
     most_sensitive,
 )
-from nava_core.quality.compare import AUDIBLE_ERROR, Comparison, Errors
+from nava_core.quality.compare import SOUND_ERROR, Comparison, Errors
 from nava_core.quality.probes import GUIDANCE, make_probes
 from nava_core.quality.streamed import StreamedBackbone, streamed_bytes
 
@@ -278,8 +278,8 @@ def test_the_warning_begins_at_its_threshold():
     def comparison(error):
         return Comparison((), (Errors(0.5, 0.5, error, 1.0, 1.0), Errors(0.9, 0.0, 0.0, 1.0, 1.0)), {}, True)
 
-    assert comparison(0.99 * AUDIBLE_ERROR).warning is None
-    assert "The sound will suffer" in comparison(1.01 * AUDIBLE_ERROR).warning
+    assert comparison(0.99 * SOUND_ERROR).warning is None
+    assert "The sound will suffer" in comparison(1.01 * SOUND_ERROR).warning
 
 
 def test_networks_of_different_sizes(path, tmp_path):
