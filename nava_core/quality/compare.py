@@ -61,7 +61,7 @@ class Comparison:
             return None
         return (
             f"The sound will suffer: guided, it is {100 * worst:.1f} % off. Weights of 6 and 8 bits were measured "
-            "below 3.5 %, those of 4 bits at 8 to 11 %, which is heard: use 6 or 8 bits, or protect more layers (--protect)."
+            "below 3.5 %, those of 4 bits at 8 to 11 %, which is heard: use 6 or 8 bits, or protect more (--protect)."
         )
 
     def to_dict(self) -> dict:
