@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from nava_core import ClipGeometry, Guidance, load_backbone
-from nava_core.backbone.formats import QuantLinear
+from nava_core.backbone.quant_linear import QuantLinear
 from nava_core.checkpoint import backbone_config, describe_file
 from nava_core.convert import convert
 from nava_core.quality import Conditions, compare_files, measure_sensitivity, most_sensitive

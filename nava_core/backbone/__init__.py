@@ -1,7 +1,16 @@
 """The transformer: configuration, layers, blocks and the model itself."""
 
+from .compiled import CompiledBlocks
 from .config import BackboneConfig
 from .layers import Kernels, default_attention
 from .model import DEFAULT_OPERATIONS, NavaBackbone, activation_bytes
 
-__all__ = ["DEFAULT_OPERATIONS", "BackboneConfig", "Kernels", "NavaBackbone", "activation_bytes", "default_attention"]
+__all__ = [
+    "DEFAULT_OPERATIONS",
+    "BackboneConfig",
+    "CompiledBlocks",
+    "Kernels",
+    "NavaBackbone",
+    "activation_bytes",
+    "default_attention",
+]

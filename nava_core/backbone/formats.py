@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
-FP4_MAX, FP8_MAX = 6.0, 448.0
+from .quantized import FP8, FP8_MAX
+
+FP4_MAX = 6.0
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by their codes; the sign is the fourth bit
 ROTATIONS = (256, 64, 16)  # values that are rotated together, the widest that divides a row
 TILE_ROWS, TILE_COLUMNS = 128, 4  # scales of blocks are stored in tiles, padded to whole ones
@@ -349,66 +349,3 @@ def _draw_fp8(values: Tensor, seed: int) -> Tensor:
     generator = torch.Generator(device=values.device).manual_seed(seed)
     draw = torch.randint(0, 256, values.shape, dtype=torch.uint8, device=values.device, generator=generator)
     return kitchen().stochastic_rounding_fp8(values, draw, FP8)
-
-
-# ---------------------------------------------------------------- the layer
-
-
-class QuantLinear(nn.Module):
-    """A Linear whose weight stays in one of ComfyUI's formats. ``(..., in) -> (..., out)`` in the input's dtype.
-
-    Parameters are named as in a file: ``weight``, what follows it (``weight_scale`` ...), ``bias``. The weight is
-    dequantised for each call; the formats of the int8 units are multiplied there on a GPU that has them, which was
-    measured to cost no more than fp8 weights do (``on_units`` True or False: always or never). ``parts``: shapes and
-    types of what is stored, by what follows the weight's name. Only inference: none of the parameters takes a gradient.
-    """
-
-    def __init__(
-        self,
-        layer: QuantisedLayer,
-        parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-        bias: bool = True,
-        *,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.layer = layer
-        self.on_units: bool | None = None
-        self.out_features, self.in_features = layer.shape
-        self.kinds = {suffix: dtype for suffix, (_, dtype) in parts.items()}
-        for suffix, (shape, dtype) in parts.items():
-            self.register_parameter(f"weight{suffix}", _parameter(shape, dtype, device))
-        self.register_parameter("bias", _parameter((self.out_features,), torch.bfloat16, device) if bias else None)
-
-    def parts(self, read: Callable[[Tensor], Tensor] = lambda stored: stored) -> Parts:
-        """What the weight is stored as; ``read`` makes whole tensors of parameters that are shared with others."""
-        stored = {suffix: read(self._parameters[f"weight{suffix}"].data) for suffix in self.kinds}
-        return {suffix: part.view(self.kinds[suffix]) for suffix, part in stored.items()}
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        weight = self.layer.tensor(self.parts(), x.dtype)
-        units = self.on_units
-        if units is None:
-            units = self.layer.format.on_int8_units and x.is_cuda and weight.layout_cls.supports_fast_matmul()
-        return F.linear(x, weight if units else weight.dequantize(), bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.layer.format.name}"
-
-
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-
-__all__ = [
-    "FORMATS",
-    "MADE_HERE",
-    "PROTECTING",
-    "Format",
-    "FormatError",
-    "QuantLinear",
-    "QuantisedLayer",
-    "format_problem",
-    "nvfp4_by_chance",
-]

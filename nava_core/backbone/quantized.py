@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .opaque import opaque
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 CHUNK_ROWS = 1024  # quantised at a time, so that the float32 form of a whole weight is never needed
@@ -138,6 +140,8 @@ class Fp8Linear(nn.Module):
     Only inference: none of the parameters takes a gradient.
     """
 
+    place = ""
+
     def __init__(
         self,
         in_features: int,
@@ -151,9 +155,9 @@ class Fp8Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.fp8_matmul = fp8_matmul
-        self.weight = _parameter((out_features, in_features), FP8, device)
-        self.weight_scale = _parameter((out_features,), torch.bfloat16, device)
-        self.bias = _parameter((out_features,), torch.bfloat16, device) if bias else None
+        self.weight = frozen((out_features, in_features), FP8, device)
+        self.weight_scale = frozen((out_features,), torch.bfloat16, device)
+        self.bias = frozen((out_features,), torch.bfloat16, device) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, fp8_matmul: bool = False) -> Fp8Linear:
@@ -172,6 +176,7 @@ class Fp8Linear(nn.Module):
             made.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return made
 
+    @opaque
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.fp8_matmul:
@@ -222,5 +227,6 @@ def set_fp8_matmul(model: nn.Module, enabled: bool) -> int:
     return len(layers)
 
 
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
+def frozen(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
+    """A parameter without values and without a gradient."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

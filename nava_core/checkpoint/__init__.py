@@ -17,13 +17,12 @@ from .loading import (
     stream_tensors,
     weight_shapes,
 )
-from .source import PartSource, TensorSource, open_checkpoint
+from .source import TensorSource, open_checkpoint
 
 __all__ = [
     "BACKBONES",
     "FileInfo",
     "FileKind",
-    "PartSource",
     "PlannedTensor",
     "TensorInfo",
     "TensorSource",

@@ -7,15 +7,16 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 
 from ..backbone.config import BackboneConfig
-from ..backbone.formats import FORMATS, Format, QuantisedLayer, QuantLinear, format_problem
+from ..backbone.formats import FORMATS, Format, QuantisedLayer, format_problem
 from ..backbone.model import NavaBackbone
+from ..backbone.quant_linear import QuantLinear
 from ..backbone.quantized import FP8, Fp8Linear, RowFp8Layer
 from .gguf import BLOCKS, gguf_problem
 from .headers import FileInfo, TensorInfo, describe_file
@@ -193,7 +194,7 @@ def _converted_bytes(tensor: TensorInfo, dtype: torch.dtype | None) -> int:
 def plan_tensors(info: FileInfo, dtype: Wanted) -> list[PlannedTensor]:
     """What ``stream_tensors`` will give for a backbone file, in the same order, read off its header."""
     own, wanted, rest = own_layers(info), wanted_layers(info, dtype), main_dtype(info, dtype)
-    stored = {part for layer in own for part in _part_names(info, layer, own[layer])}
+    stored = {part for layer in own for part in _part_names(layer, own[layer])}
     planned = []
     for name, tensor in info.model_tensors.items():
         layer = name.removesuffix(WEIGHT)
@@ -224,17 +225,20 @@ def stream_tensors(
     dtype: Wanted,
     changes: Mapping[str, WeightChange] | None = None,
     device: torch.device | str = "cpu",
+    only: Container[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of a backbone in the type they are wanted in, one by one; ``dtype`` and ``changes`` as for
-    ``load_backbone``. Changed and newly quantised ones are on ``device``, the others on the CPU."""
+    ``load_backbone``. Changed and newly quantised ones are on ``device``, the others on the CPU. ``only``: names of the
+    weights to read, where it is not all of them."""
     info, changes = source.info, changes or {}
     own, wanted, rest = own_layers(info), wanted_layers(info, dtype), main_dtype(info, dtype)
-    stored = {part for layer in own for part in _part_names(info, layer, own[layer])}
+    stored = {part for layer in own for part in _part_names(layer, own[layer])}
     for name in source:
+        if name in stored or (only is not None and name not in only):
+            continue
         layer = name.removesuffix(WEIGHT)
         if layer == name or not (layer in wanted or layer in own):
-            if name not in stored:
-                yield name, _plain(source, name, rest, changes.get(name), device)
+            yield name, _plain(source, name, rest, changes.get(name), device)
             continue
         yield from _layer_tensors(source, layer, own.get(layer), wanted.get(layer), rest, changes.get(name), device)
 
@@ -283,12 +287,11 @@ def _changed(name: str, layer: Layer, parts: dict[str, torch.Tensor], change: We
     lost."""
     before = layer.dequantise(parts, torch.float32)
     after = change(before)
-    return parts if torch.equal(after, before) else layer.requantise(parts, after, rounding_seed(name))
-
-
-def rounding_seed(name: str) -> int:
-    """What ComfyUI seeds the rounding of a changed weight with; ``name`` is the model's own."""
-    return zlib.crc32(f"{SEED_PREFIX}{name}".encode())
+    if torch.equal(after, before):
+        return parts
+    seed = zlib.crc32(f"{SEED_PREFIX}{name}".encode())
+    made = layer.requantise(parts, after, seed)
+    return {suffix: part.view(parts[suffix].dtype).reshape(parts[suffix].shape) for suffix, part in made.items()}
 
 
 def own_layers(info: FileInfo) -> dict[str, Layer]:
@@ -345,7 +348,7 @@ def block_linears(info: FileInfo) -> dict[str, tuple[int, int]]:
 def weight_shapes(info: FileInfo) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's tensors by its own names, whatever form the file keeps them in."""
     own = own_layers(info)
-    stored = {part for layer in own for part in _part_names(info, layer, own[layer])}
+    stored = {part for layer in own for part in _part_names(layer, own[layer])}
     shapes = {name: tensor.shape for name, tensor in info.model_tensors.items() if name not in stored}
     return {**shapes, **{f"{name}{WEIGHT}": tuple(layer.shape) for name, layer in own.items()}}
 
@@ -355,7 +358,7 @@ def layer_name(layer: Layer) -> str:
     return layer.format.name if isinstance(layer, QuantisedLayer) else "fp8"
 
 
-def _part_names(info: FileInfo, name: str, layer: Layer) -> Iterator[str]:
+def _part_names(name: str, layer: Layer) -> Iterator[str]:
     """What stands in the file beside a quantised layer's weight."""
     yield from (f"{name}{WEIGHT}{suffix}" for suffix in layer.parts if suffix)
     yield f"{name}{MARK}"
@@ -374,7 +377,7 @@ def readable_backbone(path: str | os.PathLike | FileInfo) -> FileInfo:
         raise WrongFileError(
             f"{info.path.name}: {info.layers_problem}: download or convert it again, or get the backbone in bf16."
         )
-    stored = {part for name, layer in own_layers(info).items() for part in _part_names(info, name, layer)}
+    stored = {part for name, layer in own_layers(info).items() for part in _part_names(name, layer)}
     stored |= {f"{name}{WEIGHT}" for name in info.layers}
     tensors = {name: tensor for name, tensor in info.model_tensors.items() if name not in stored}
     blocks = {name for name, tensor in tensors.items() if tensor.dtype in BLOCKS and info.format == "gguf"}

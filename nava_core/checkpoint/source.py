@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -114,20 +114,6 @@ class GGUFSource(TensorSource):
 
     def close(self) -> None:
         self._file.close()
-
-
-class PartSource(TensorSource):
-    """Those of an open checkpoint's tensors whose names are ``chosen``; the checkpoint stays its owner's to close."""
-
-    def __init__(self, source: TensorSource, chosen: Callable[[str], bool]) -> None:
-        self.info, self._source = source.info, source
-        self.tensors = {name: tensor for name, tensor in source.tensors.items() if chosen(name)}
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._source.read(name)
-
-    def close(self) -> None:
-        pass
 
 
 def open_checkpoint(path: str | os.PathLike | FileInfo) -> TensorSource:

@@ -17,10 +17,12 @@ from .options import (
     UsageError,
     add_clip_options,
     add_model_options,
+    add_parallel_options,
     defaults_of,
     ignored_options,
     model_files,
     model_names,
+    parallel_of,
     pipeline_opener,
     portable_opener,
     whole_number,
@@ -61,6 +63,7 @@ EXAMPLES = """examples:
   nava batch clips.jsonl --check                      only say which lines cannot be used
   nava batch clips.jsonl --out drafts --models models --steps 20 --size small
   nava batch clips.jsonl --out clips --models models --workers 4            on four GPUs of this machine
+  nava batch clips.jsonl --out clips --models models --workers 2 --parallel 4   two clips at a time, on four GPUs each
   nava batch clips.jsonl --out clips --models models --cluster 10.0.0.1:6379    on all GPUs of a Ray cluster
 
   {"id": "harbour", "prompt": "A harbour at dawn, gulls cry.", "seconds": 6, "seed": 7}
@@ -89,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=whole_number(1, 4096),
         metavar="N",
-        help="make N clips at a time: a GPU each, or with --device cpu a process each",
+        help="make N clips at a time: a GPU each (with --parallel so many each), or with --device cpu a process",
     )
     workers.add_argument(
         "--cluster",
@@ -101,6 +104,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_clip_options(parser)
     add_model_options(parser)
+    add_parallel_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -181,9 +185,11 @@ def _makers(args: argparse.Namespace, files: Any, progress: Progress) -> dict[st
     paths = {role: Path(os.path.abspath(path)) for role, path in paths.items() if path is not None}
     if files is not None:
         files = replace(files, **paths)
-    opener = portable_opener(args, files, device, keep_loaded=_keep_loaded(args, files, args.workers or 1))
+    parallel = None if files is None else parallel_of(args, files, None)
+    opener = portable_opener(args, files, device, parallel, keep_loaded=_keep_loaded(args, files, args.workers or 1))
     models = (*paths.values(), *(path for path, _ in args.lora))
-    runner = partial(WorkersRunner, count=args.workers, address=address, gpus=gpus, models=models)
+    sharing = None if parallel is None else parallel.workers
+    runner = partial(WorkersRunner, count=args.workers, address=address, gpus=gpus, sharing=sharing, models=models)
     return {"open_pipeline": opener, "make_runner": runner}
 
 

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("nava-demo"), metavar="FOLDER", help="where to (default: nava-demo)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
-    parser.set_defaults(dtype="auto", vae_dtype="auto", lora=[])
+    parser.set_defaults(dtype="auto", vae_dtype="auto", lora=[], compile=False)
 
 
 def run(args: argparse.Namespace) -> int:

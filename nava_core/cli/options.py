@@ -149,6 +149,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "also for the video VAE",
     )
     group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the backbone's blocks (torch.compile): minutes at the first step, then quicker ones",
+    )
+    group.add_argument(
         "--vae-dtype",
         default="auto",
         choices=["auto", *(name for name in DTYPES if name != "fp8")],
@@ -199,11 +204,10 @@ def pipeline_opener(
     opener = args.open_pipeline or NavaPipeline.from_files
     device, options = device_of(args), types_of(args)
     parallel = parallel_of(args, files, device.type)
-    if parallel is not None and args.lora:
-        raise UsageError("--lora: LoRAs are not merged in the workers of --parallel: leave out one of them.")
     if parallel is not None:
         options["parallel"] = parallel
-    return lambda: opener(files, device=device, say=say, keep_loaded=keep_loaded, loras=args.lora, **options)
+    more = {"loras": args.lora, "compile": args.compile, **options}
+    return lambda: opener(files, device=device, say=say, keep_loaded=keep_loaded, **more)
 
 
 def add_parallel_options(parser: argparse.ArgumentParser) -> None:
@@ -229,8 +233,9 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parallel_of(args: argparse.Namespace, files: Any, device: str) -> Any:
-    """``Parallel`` from --parallel and its like, checked; None without. Raises UsageError."""
+def parallel_of(args: argparse.Namespace, files: Any, device: str | None) -> Any:
+    """``Parallel`` from --parallel and its like, checked; None without. ``device`` None: one that is found elsewhere.
+    Raises UsageError."""
     from ..parallel import Parallel
 
     workers = getattr(args, "parallel", None)
@@ -239,21 +244,27 @@ def parallel_of(args: argparse.Namespace, files: Any, device: str) -> Any:
             raise UsageError("--layout and --weights are for several workers: give --parallel N too.")
         return None
     parallel = Parallel(workers, args.layout, args.weights)
+    if args.compile and parallel.weights == "sharded":
+        raise UsageError("--compile: sharded weights come block by block, which cannot be compiled: leave out one.")
     try:
-        parallel.check(files.backbone, device)
+        parallel.check(files.backbone, device or "cpu")
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"--parallel: {error}") from None
     return parallel
 
 
 def portable_opener(
-    args: argparse.Namespace, files: Any, device: str | None, *, keep_loaded: bool = False
+    args: argparse.Namespace, files: Any, device: str | None, parallel: Any = None, *, keep_loaded: bool = False
 ) -> Callable[[], Callable[..., Any]]:
     """As ``pipeline_opener``, to be called in another process: ``device`` (None: what is there) is sought there."""
     from ..pipeline import NavaPipeline
 
     opener = args.open_pipeline or NavaPipeline.from_files
-    return partial(opener, files, device=device, keep_loaded=keep_loaded, loras=args.lora, **types_of(args))
+    options = types_of(args)
+    if parallel is not None:
+        options["parallel"] = parallel
+    more = {"loras": args.lora, "compile": args.compile, **options}
+    return partial(opener, files, device=device, keep_loaded=keep_loaded, **more)
 
 
 def device_of(args: argparse.Namespace) -> Any:

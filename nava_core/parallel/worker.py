@@ -11,15 +11,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..backbone.config import BackboneConfig
-from ..backbone.formats import QuantLinear
-from ..backbone.quantized import Fp8Linear, quantise_rows
 from ..checkpoint import describe_file, open_checkpoint, stream_tensors
-from ..checkpoint.loading import PlannedTensor, assign_tensor, empty_backbone, rounding_seed
+from ..checkpoint.loading import PlannedTensor, assign_tensor, empty_backbone
 from .cluster import UNWANTED, code_version
 from .layout import Layout
 from .sharding import shard_weights
@@ -86,10 +85,12 @@ class Worker:
 
     # ------------------------------------------------------------ weights
 
-    def prepare(self, config: Mapping, plan: Iterable[tuple], dtype: torch.dtype) -> None:
+    def prepare(self, config: Mapping, plan: Iterable[tuple], dtype: torch.dtype, compile: bool = False) -> None:
         """Make the network, without its weights. ``plan``: what ``PlannedTensor.plain`` gives of those to come."""
         tensors = {tensor.name: tensor for tensor in map(PlannedTensor.from_plain, plan)}
         self.model = empty_backbone(BackboneConfig(**config), tensors, dtype).eval()
+        if compile:
+            self.model.compile_blocks()
         if self.shards:
             layout = Layout(self.ranks // self.shards, self.shards)
             mesh = DeviceMesh.from_group(self._groups(layout), self.device.type)
@@ -105,28 +106,13 @@ class Worker:
                 self._fill(name, tensor)
         return True
 
-    def fill(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Take weights in the form they are kept in; returns their names."""
+    def fill(self, weights: bytes) -> list[str]:
+        """Take weights in the form they are kept in, as a safetensors file has them: Ray cannot send float8 tensors.
+        Returns their names."""
+        tensors = load(weights)
         for name, tensor in tensors.items():
             self._fill(name, tensor)
-        return list(tensors)
-
-    def change(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Replace weights by others of full precision (a LoRA merged into them); returns their names."""
-        for name, tensor in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(path)
-            if leaf == "weight" and isinstance(module, Fp8Linear):
-                weight, scale = quantise_rows(tensor)
-                self._fill(name, weight)
-                self._fill(name + "_scale", scale)
-            elif leaf == "weight" and isinstance(module, QuantLinear):
-                parts = module.layer.requantise(module.parts(_whole), tensor.to(self.device), rounding_seed(name))
-                for suffix, part in parts.items():
-                    self._fill(name + suffix, part)
-            else:
-                self._fill(name, tensor.to(self.model.get_parameter(name).dtype))
-        return list(tensors)
+        return sorted(tensors)
 
     def _fill(self, name: str, tensor: Tensor) -> None:
         parameter = self.model.get_parameter(name)
@@ -138,7 +124,7 @@ class Worker:
             )
             parameter.to_local().copy_(mine.to_local())
         else:
-            assign_tensor(self.model, name, tensor.to(self.device))
+            assign_tensor(self.model, name, tensor.to(self.device, parameter.dtype))
 
     # ------------------------------------------------------------ passes
 
@@ -189,17 +175,6 @@ class Worker:
             if self.rank in members:
                 mine = group
         return mine
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that workers may hold a part of each; of float8 its bytes, which gloo knows."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    local = tensor.to_local()
-    if tensor.dtype.itemsize == 1:
-        local = local.view(torch.uint8)
-    whole = {"shape": tensor.shape, "stride": tensor.stride()}
-    return DTensor.from_local(local, tensor.device_mesh, tensor.placements, **whole).full_tensor()
 
 
 def _places(path: Path) -> Iterable[Path]:

@@ -46,7 +46,7 @@ def choose_device(name: torch.device | str | None = None) -> torch.device:
 class Components:
     """The models of ``files``, each read when its turn comes and on the device only while it works.
 
-    ``device``, ``dtype``, ``say``, ``keep_loaded``, ``parallel`` and ``vae_dtype`` as
+    ``device``, ``dtype``, ``say``, ``keep_loaded``, ``parallel``, ``vae_dtype`` and ``compile`` as
     :meth:`NavaPipeline.from_files` takes them; ``loras`` are merged into the backbone.
     """
 
@@ -60,8 +60,10 @@ class Components:
         parallel: Parallel | None = None,
         vae_dtype: torch.dtype | None = None,
         loras: LoraMerge | None = None,
+        compile: bool = False,
     ) -> None:
         self.parallel = parallel
+        self.compile = compile
         self.files = files
         self.device = device
         self.dtype = dtype
@@ -107,9 +109,17 @@ class Components:
         if role == "audio_vae":
             return load_audio_vae(path, device=self.device)
         if self.parallel is not None:
-            return self.parallel.backbone(path, self.device.type, self.backbone_dtype, self.say)
+            return self.parallel.backbone(
+                path,
+                self.device.type,
+                self.backbone_dtype,
+                self.say,
+                changes=self.loras.changes,
+                compile=self.compile,
+            )
         with self.loras.changes() as changes:
-            return load_backbone(path, device=self.device, dtype=self.backbone_dtype, changes=changes)
+            backbone = load_backbone(path, device=self.device, dtype=self.backbone_dtype, changes=changes)
+        return backbone.compile_blocks() if self.compile else backbone
 
     @property
     def vae_dtype(self) -> torch.dtype:

@@ -34,8 +34,9 @@ class NavaPipeline:
         parallel: Parallel | None = None,
         vae_dtype: torch.dtype | None = None,
         loras: LoraMerge | None = None,
+        compile: bool = False,
     ) -> None:
-        self.components = Components(files, device, dtype, say, keep_loaded, parallel, vae_dtype, loras)
+        self.components = Components(files, device, dtype, say, keep_loaded, parallel, vae_dtype, loras, compile)
         self._tokenizer = load_tokenizer(files.text_encoder, files.tokenizer)
 
     @classmethod
@@ -50,6 +51,7 @@ class NavaPipeline:
         parallel: Parallel | None = None,
         vae_dtype: torch.dtype | None = None,
         loras: Sequence[Lora] = (),
+        compile: bool = False,
     ) -> NavaPipeline:
         """A pipeline over ``files``, of which only the headers and the tokenizer are read yet.
 
@@ -64,6 +66,9 @@ class NavaPipeline:
         long as the others fit beside it. Otherwise a component is dropped after its work and read again for the next
         clip; ``keep_loaded`` keeps all of them in RAM instead, which suits a batch on a machine with much RAM.
 
+        ``compile``: the backbone's blocks go through ``torch.compile``, which makes the first step slow and all others
+        quicker, whatever the size of the clips.
+
         ``parallel``: workers that denoise together, a GPU each (or, with the device "cpu", a process each); text
         encoder and VAEs stay in this process.
 
@@ -77,12 +82,14 @@ class NavaPipeline:
         plan_tensors(describe_file(files.backbone), dtype)  # refuses, before any work, what the file cannot become
         if parallel is not None:
             parallel.check(files.backbone, device.type)
-        if parallel is not None and loras:
-            raise ValueError("LoRAs are not merged in parallel workers: leave out parallel, or the LoRAs.")
+            if compile and parallel.weights == "sharded":
+                raise ValueError(
+                    "Sharded weights come block by block, which cannot be compiled: leave out one of them."
+                )
         say, merge = say or _say_nothing, LoraMerge(loras, files.backbone)
         for note in merge.notes:
             say(note)
-        return cls(files, device, dtype, say, keep_loaded, parallel, vae_dtype, merge)
+        return cls(files, device, dtype, say, keep_loaded, parallel, vae_dtype, merge, compile)
 
     def unload(self) -> None:
         """Give back all memory; the next clip loads its components again."""

@@ -189,7 +189,8 @@ def denoise_clip(
             backbone,
             noise[0],
             None if noise[1] is None else audio_latent_to_tokens(noise[1]),
-            batch_predictions=device.type != "cpu" and geometry.tokens <= BATCH_TOKENS,
+            # Compiled blocks are of one number of samples.
+            batch_predictions=device.type != "cpu" and geometry.tokens <= BATCH_TOKENS and not components.compile,
             **given,
             **settings,
         )

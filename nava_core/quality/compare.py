@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..checkpoint import (
     FileInfo,
-    PartSource,
     WrongFileError,
     block_linears,
     open_checkpoint,
@@ -123,18 +122,12 @@ def _errors(sigma: float, wanted: tuple[Tensor, Tensor], found: tuple[Tensor, Te
 
 def weight_errors(reference: FileInfo, other: FileInfo) -> dict[str, float]:
     """Relative L2 error of the weights, by kind of layer: attention, feed-forward, and what is outside the blocks."""
-    linears = block_linears(reference)
+    linears, names = block_linears(reference), list(weight_shapes(reference))
     sums: dict[str, list[float]] = {}
     with open_checkpoint(reference) as first, open_checkpoint(other) as second:
-        for path in dict.fromkeys(name.rpartition(".")[0] for name in weight_shapes(reference)):
-            pair = [
-                dict(
-                    stream_tensors(
-                        PartSource(each, lambda name, path=path: name.rpartition(".")[0] == path), torch.float32
-                    )
-                )
-                for each in (first, second)
-            ]
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+            only = {name for name in names if name.rpartition(".")[0] == path}
+            pair = [dict(stream_tensors(each, torch.float32, only=only)) for each in (first, second)]
             kind = path.split(".")[2] if path in linears else OUTSIDE
             for name, mine in pair[0].items():
                 if mine.ndim > 1:

@@ -15,12 +15,12 @@ from ..backbone.blocks import PassState
 from ..backbone.model import NavaBackbone
 from ..checkpoint import (
     FileInfo,
-    PartSource,
     assign_tensor,
     backbone_config,
     open_checkpoint,
     readable_backbone,
     stream_tensors,
+    weight_shapes,
 )
 
 Pass = Mapping[str, Any]  # the backbone's arguments by name
@@ -91,8 +91,8 @@ class StreamedBackbone:
         self._network.to("meta")
 
     def _fill(self, chosen: Callable[[str], bool]) -> None:
-        source = PartSource(self._source, chosen)
-        for name, tensor in stream_tensors(source, torch.float32, device=self.device):
+        only = frozenset(filter(chosen, weight_shapes(self.info)))
+        for name, tensor in stream_tensors(self._source, torch.float32, device=self.device, only=only):
             assign_tensor(self._network, name, tensor.to(self.device))
 
     @property

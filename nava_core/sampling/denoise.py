@@ -201,7 +201,6 @@ class _Network:
         times = self._timesteps(timestep)
         together = getattr(self.backbone, "run_together", None)
         if together is not None:  # the predictions are spread over workers
-            self._check_stop()
             passes = [self._arguments([name], samples, times) for name in names]
             outputs = together(passes, self._check_stop)
             return {name: _as_floats(pair) for name, pair in zip(names, outputs, strict=True)}

@@ -38,6 +38,7 @@ from ...nava_core.checkpoint import (
     stream_tensors,
 )
 from ...nava_core.geometry import audio_latent_to_tokens, audio_tokens_to_latent
+from .compiled import compiled_blocks
 from .kernels import HOST_KERNELS
 from .latents import absent_parts, audio_steps_of, check_shapes, map_video, shapes_of
 from .prefetch import PREFETCH, fetch_next, prefetch_queue
@@ -73,6 +74,10 @@ class HostBackbone(NavaBackbone):
             attention=host_attention,
             kernels=HOST_KERNELS,
         )
+
+    @torch.compiler.disable  # compiled as a whole, it would be compiled anew for each size: the blocks are, see below
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
 
     def to(self, *args, memory_format=None, **kwargs):
         """As of every module, less ``memory_format``: the server's --force-channels-last is for 2-d convolutions, of
@@ -141,8 +146,9 @@ class HostBackbone(NavaBackbone):
         options["block_type"], options["block_index"] = kind, index
         fetch_next(options.get(PREFETCH), tokens.device, block)
         replacement = options.get("patches_replace", {}).get("dit", {}).get((f"{kind}_block", index))
+        run = super().run_block
         if replacement is None:
-            return block(tokens, state)
+            return run(kind, index, block, tokens, state)
         arguments = {
             "img": tokens,
             "txt": state.context,
@@ -150,7 +156,7 @@ class HostBackbone(NavaBackbone):
             "pe": state.table,
             "transformer_options": options,
         }
-        original = {"original_block": lambda args: {"img": block(args["img"], state)}}
+        original = {"original_block": lambda args: {"img": run(kind, index, block, args["img"], state)}}
         return replacement(arguments, original)["img"]
 
 
@@ -194,7 +200,7 @@ class NavaModel(comfy.model_base.BaseModel):
             masks = comfy.utils.unpack_latents(kwargs["denoise_mask"], shapes)
             for name, mask in zip(("video_steps", "audio_steps"), masks, strict=False):
                 out[name] = comfy.conds.CONDRegular(_generated_steps(mask).to(device))
-        if self._tokens(kwargs["noise"].shape) > BATCH_TOKENS:
+        if self._tokens(kwargs["noise"].shape) > BATCH_TOKENS or self.diffusion_model.compiled is not None:
             out["prediction"] = comfy.conds.CONDConstant(kwargs.get("prompt_type"))
         return out
 
@@ -333,6 +339,7 @@ def outer_sample(
     model._clean = _clean_values(shapes, denoise_mask)
     if callback is not None and len(shapes) > 1 and not host_unpacks():
         callback = video_first(callback, shapes)
+    model.diffusion_model.compiled = compiled_blocks(executor.class_obj.model_options)
     try:
         output = executor(
             noise,
@@ -346,7 +353,7 @@ def outer_sample(
             latent_shapes=latent_shapes,
         )
     finally:
-        model._clean = None
+        model._clean = model.diffusion_model.compiled = None
     return output if given is None else torch.where(given.to(output.device), latent_image.to(output), output)
 
 

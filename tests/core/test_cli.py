@@ -194,6 +194,17 @@ def test_loras_are_handed_on_with_their_strengths(nava, models, tmp_path):
         assert words in err
 
 
+def test_compilation_is_asked_for_by_a_flag(nava, models):
+    assert nava("generate", "a", "--models", models)[0] == 0
+    assert nava.pipeline.options["compile"] is False
+    assert nava("generate", "a", "--models", models, "--compile", "--seed", "1")[0] == 0
+    assert nava.pipeline.options["compile"] is True
+    options = ("--compile", "--device", "cpu", "--parallel", "2", "--weights", "sharded")
+    code, _, err = nava("generate", "a", "--models", models, *options)
+    assert code == 2
+    assert "cannot be compiled" in err
+
+
 def test_a_batch_with_loras_goes_on_by_their_content(nava, models, tmp_path):
     lora = tmp_path / "a.safetensors"
     small_lora(lora)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from nava_core import LoraMerge, load_backbone
 from nava_core.backbone import BackboneConfig, NavaBackbone
 from nava_core.backbone import formats as module
-from nava_core.backbone.formats import FORMATS, MADE_HERE, PROTECTING, QuantisedLayer, QuantLinear, nvfp4_by_chance
+from nava_core.backbone.formats import FORMATS, MADE_HERE, PROTECTING, QuantisedLayer, nvfp4_by_chance
+from nava_core.backbone.quant_linear import QuantLinear
 from nava_core.checkpoint import (
     FileKind,
     WrongFileError,
