@@ -1,44 +1,79 @@
 """Blocks under ``torch.compile``: one graph for each kind of block, whatever a clip's size, first frame and guidance.
 
-What differs from pass to pass is kept out of the graph or made a tensor of it: attention (joint or each modality to
-itself, the host's kernels), the feed-forward, which runs in pieces, and quantised Linears are operators that the
-compiler does not look into; a timestep is looked up token by token, which the compiler fuses away; the sizes that vary
-are symbols.
+What differs from pass to pass and from block to block is kept out of the graph or made a tensor of it. Attention
+(joint or each modality to itself, the host's kernels), Linears (quantised, fetched for each use, with a LoRA added at
+it) and the feed-forward, which runs in pieces, are operators that the compiler does not look into: there a block is
+what it is without a compiler. A timestep is looked up token by token, which the compiler fuses away; the sizes that
+vary are symbols.
 """
 
 from __future__ import annotations
 
+import re
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from weakref import WeakSet
+from itertools import count
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import PassState, Stretch
-from .layers import OWN_KERNELS
-from .opaque import operator, place_linears, running
+from .layers import OWN_KERNELS, Projections
+
+MAKERS = {"backend": ("cudagraphs",), "mode": ("reduce-overhead", "max-autotune")}  # of CUDA graphs
+# A CUDA graph would repeat what an operator did when it was recorded, whatever the block and the pass.
+TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+_now = threading.local()  # the block and the pass under way in this thread
 
 
-@operator("self_attention", mutates=("q",))
+def _own_namespace() -> str:
+    """Of this import's operators: a process can have this package twice (a node pack's and an installed one), and
+    operators of one name would take each other's place. The same in each process, as compiled code is kept by it."""
+    name = re.sub(r"[^0-9A-Za-z]", "_", __package__)
+    names = (name if number == 1 else f"{name}_{number}" for number in count(1))
+    return next(each for each in names if not hasattr(getattr(torch.ops, each), "linear"))
+
+
+NAMESPACE = _own_namespace()
+
+
+def _operator(name: str, mutates: tuple[str, ...] = ()) -> Callable:
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates, tags=TAGS)
+
+
+@_operator("self_attention", mutates=("q",))
 def _self_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    out = running.state.self_attention(q, k, v, heads)
+    out = _now.state.self_attention(q, k, v, heads)
     return out.clone() if out is q else out  # an operator may not return what it was given
 
 
-@operator("attention")
+@_operator("attention")
 def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    return running.state.attention(q, k, v, heads, running.state.options)
+    return _now.state.attention(q, k, v, heads, _now.state.options)
 
 
-@operator("feed_forward", mutates=("x",))
+@_operator("linear")
+def _linear(x: Tensor, place: str) -> Tensor:
+    return _now.block.get_submodule(place)(x)
+
+
+@_operator("feed_forward", mutates=("x",))
 def _feed_forward(x: Tensor) -> None:
-    running.block.ffn(x)
+    _now.block.ffn(x)
 
 
 @_self_attention.register_fake
 @_attention.register_fake
 def _like_q(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return torch.empty_like(q)
+
+
+@_linear.register_fake
+def _like_x(x: Tensor, place: str) -> Tensor:
+    return x.new_empty(x.shape)  # as wide: q, k, v and o are square
 
 
 @_feed_forward.register_fake
@@ -52,6 +87,10 @@ def _run_self_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 def _run_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: object) -> Tensor:
     return _attention(q, k, v, heads)
+
+
+def _run_linear(layers: Projections, name: str, x: Tensor) -> Tensor:
+    return _linear(x, f"{layers.place}.{name}")
 
 
 def _run_feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
@@ -80,6 +119,7 @@ def _block(
         attention=_run_attention,
         kernels=OWN_KERNELS,
         options=None,
+        linear=_run_linear,
         feed_forward=_run_feed_forward,
     )
     return block(tokens, state)
@@ -89,13 +129,16 @@ class CompiledBlocks:
     """Runs blocks compiled: ``blocks(block, tokens, state)`` as ``block(tokens, state)``, with a prepared state.
 
     ``options``: as ``torch.compile`` takes them (backend, mode, options). A block is compiled at its first use, once
-    for each kind; anew where a clip has no picture or no sound, or another number of samples. Raises RuntimeError, in a
-    sentence, where nothing can be compiled.
+    for each kind; anew where a clip has no picture or no sound, or another number of samples. Raises ValueError for
+    what would make CUDA graphs, RuntimeError, in a sentence, where nothing can be compiled.
     """
 
     def __init__(self, **options) -> None:
-        self._compiled = torch.compile(_block, **options)
-        self._placed: WeakSet[nn.Module] = WeakSet()  # blocks whose opaque Linears know their places
+        problem = cuda_graphs_problem(**options)
+        if problem:
+            raise ValueError(problem)
+        self._options = options
+        self._compiled: dict[tuple, Callable[..., Tensor]] = {}  # by case
 
     def prepare(self, state: PassState) -> PassState:
         """The state of a pass as compiled blocks take it: with each token's timestep instead of each group's, and at
@@ -114,12 +157,10 @@ class CompiledBlocks:
         vectors, video, audio = state.vectors, groups.get("", none), groups.get("_audio", none)
         for tensor, dim in ((tokens, 1), (state.table, 0), (vectors, 0), (video, 1), (audio, 1)):
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        if block not in self._placed:
-            place_linears(block)
-            self._placed.add(block)
-        running.block, running.state = block, state
+        compiled = self._of_case(type(block), tokens.dtype, tokens.device.type, len(tokens) > 1, *groups)
+        _now.block, _now.state = block, state
         try:
-            return self._compiled(block, tokens, state.table, state.context, vectors, video, audio)
+            return compiled(block, tokens, state.table, state.context, vectors, video, audio)
         except Exception as error:
             if not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
                 raise
@@ -128,7 +169,30 @@ class CompiledBlocks:
                 "(for the CPU a C++ compiler, for a GPU triton)."
             ) from error
         finally:
-            running.block = running.state = None
+            _now.block = _now.state = None
+
+    def _of_case(self, *case: object) -> Callable[..., Tensor]:
+        """A function of its own for what needs a graph of its own: PyTorch compiles a function no more than 8 times,
+        which a server with several models would soon need, and then runs it uncompiled."""
+        if case not in self._compiled:
+            own = FunctionType(_block.__code__.replace(), _block.__globals__)
+            self._compiled[case] = torch.compile(own, **self._options)
+        return self._compiled[case]
+
+
+def cuda_graphs_problem(
+    backend: object = None, mode: str | None = None, options: Mapping[str, object] | None = None, **_
+) -> str | None:
+    """Why blocks are not compiled so, in a sentence, where CUDA graphs would be made; else None."""
+    makers = [f"the {name} {value}" for name, value in (("backend", backend), ("mode", mode)) if value in MAKERS[name]]
+    if (options or {}).get("triton.cudagraphs"):
+        makers.append("the option triton.cudagraphs")
+    if not makers:
+        return None
+    return (
+        f"NAVA's blocks cannot be compiled into CUDA graphs, which {makers[0]} makes: choose the backend inductor in "
+        "its default mode."
+    )
 
 
 def _merged(stretches: list[Stretch]) -> Stretch:

@@ -24,6 +24,8 @@ NULL_TIMBRE_ENERGY = 1e-6  # a timbre whose sum of squares is not above this is 
 
 # (q, k, v: (B, L, heads * head_dim), heads, options) -> (B, L, heads * head_dim)
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, int, object], Tensor]
+# (a block's projections, the name of one of its Linears, (B, L, dim)) -> (B, L, dim)
+LinearFunction = Callable[["Projections", str, Tensor], Tensor]
 
 
 @lru_cache(maxsize=1)
@@ -174,8 +176,15 @@ OWN_KERNELS = Kernels()
 MODALITY_SUFFIXES = ("", "_audio")
 
 
+def run_linear(layers: Projections, name: str, x: Tensor) -> Tensor:
+    """One of q, k, v, o."""
+    return getattr(layers, name)(x)
+
+
 class Projections(nn.Module):
     """q, k, v, o and the full-width RMS norms of q and k: one set, or one for video and one for audio."""
+
+    place: str  # what a block calls it
 
     def __init__(self, dim, num_heads, eps, per_modality: bool, operations, dtype=None, device=None):
         super().__init__()
@@ -203,10 +212,6 @@ class Projections(nn.Module):
         out[:, :split] = function(video, x[:, :split])
         out[:, split:] = function(audio, x[:, split:])
         return out
-
-    def project(self, name: str, suffix: str, x: Tensor) -> Tensor:
-        """One of q, k, v, o."""
-        return getattr(self, name + suffix)(x)
 
     def normalise_(
         self, name: str, suffix: str, x: Tensor, table: Tensor | None = None, kernels: Kernels = OWN_KERNELS
@@ -240,6 +245,8 @@ def self_attention(
 class SelfAttention(Projections):
     """Self-attention over [video; audio]; ``attend`` is ``self_attention`` with the pass's settings filled in."""
 
+    place = "self_attn"
+
     def forward(
         self,
         x: Tensor,
@@ -247,19 +254,25 @@ class SelfAttention(Projections):
         table: Tensor,
         attend: Callable[[Tensor, Tensor, Tensor, int], Tensor],
         kernels: Kernels,
+        linear: LinearFunction,
     ) -> Tensor:
-        q, k = (self._positioned(name, x, split, table, kernels) for name in "qk")
-        v = self.per_part(x, split, partial(self.project, "v"))
+        def project(name: str, suffix: str, tokens: Tensor) -> Tensor:
+            return linear(self, name + suffix, tokens)
+
+        q, k = (self._positioned(name, x, split, table, kernels, project) for name in "qk")
+        v = self.per_part(x, split, partial(project, "v"))
         out = attend(q, k, v, self.num_heads)
         del q, k, v
-        return self.per_part(out, split, partial(self.project, "o"))
+        return self.per_part(out, split, partial(project, "o"))
 
-    def _positioned(self, name: str, x: Tensor, split: int, table: Tensor, kernels: Kernels) -> Tensor:
+    def _positioned(
+        self, name: str, x: Tensor, split: int, table: Tensor, kernels: Kernels, project: Callable[..., Tensor]
+    ) -> Tensor:
         """q or k of all tokens, normalised and rotated."""
         tables = {"": table} if not self.per_modality else {"": table[:split], "_audio": table[split:]}
 
         def positioned(suffix: str, tokens: Tensor) -> Tensor:
-            return self.normalise_(name, suffix, self.project(name, suffix, tokens), tables[suffix], kernels)
+            return self.normalise_(name, suffix, project(name, suffix, tokens), tables[suffix], kernels)
 
         return self.per_part(x, split, positioned)
 
@@ -267,13 +280,15 @@ class SelfAttention(Projections):
 class CrossAttention(Projections):
     """Attention from the tokens to the text context."""
 
-    def forward(self, x: Tensor, split: int, context: Tensor, attention, options) -> Tensor:
+    place = "cross_attn"
+
+    def forward(self, x: Tensor, split: int, context: Tensor, attention, options, linear: LinearFunction) -> Tensor:
         def attend(suffix: str, tokens: Tensor) -> Tensor:
-            k, v = (self.project(name, suffix, context) for name in "kv")
-            q = self.normalise_("q", suffix, self.project("q", suffix, tokens))
+            k, v = (linear(self, name + suffix, context) for name in "kv")
+            q = self.normalise_("q", suffix, linear(self, "q" + suffix, tokens))
             out = attention(q, self.normalise_("k", suffix, k), v, self.num_heads, options)
             del q
-            return self.project("o", suffix, out)
+            return linear(self, "o" + suffix, out)
 
         return self.per_part(x, split, attend)
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .formats import Parts, QuantisedLayer
-from .opaque import opaque
 from .quantized import frozen
 
 
@@ -21,8 +20,6 @@ class QuantLinear(nn.Module):
     measured to cost no more than fp8 weights do (``on_units`` True or False: always or never). ``parts``: shapes and
     types of what is stored, by what follows the weight's name. Only inference: none of the parameters takes a gradient.
     """
-
-    place = ""
 
     def __init__(
         self,
@@ -46,7 +43,6 @@ class QuantLinear(nn.Module):
         stored = {suffix: self._parameters[f"weight{suffix}"].data for suffix in self.kinds}
         return {suffix: part.view(self.kinds[suffix]) for suffix, part in stored.items()}
 
-    @opaque
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         weight = self.layer.tensor(self.parts(), x.dtype)

@@ -27,7 +27,6 @@ from comfy_kitchen.tensor import (
 from torch import nn
 
 from ...nava_core.backbone.formats import FORMATS, Format, format_problem, nvfp4_by_chance
-from ...nava_core.backbone.opaque import opaque
 from ...nava_core.backbone.quantized import (
     CHUNK_ROWS,
     FP8,
@@ -224,12 +223,6 @@ def quantised_operations(dtype: torch.dtype, device: torch.device, *, fast: bool
 
     class QuantisedOperations(host):
         class Linear(host.Linear):
-            place = ""
-
-            @opaque
-            def forward(self, *args, **kwargs):
-                return super().forward(*args, **kwargs)
-
             def __getattr__(self, name: str):
                 """What the weight is stored as: the host looks up by name what it finds in a state dict."""
                 if name in STORED and isinstance(self._parameters.get("weight"), QuantizedTensor):
