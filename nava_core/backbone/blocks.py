@@ -7,18 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .layers import (
-    CrossAttention,
-    FeedForward,
-    Kernels,
-    LinearFunction,
-    Modulation,
-    SelfAttention,
-    add_gated_,
-    grouped,
-    per_stretch,
-    run_linear,
-)
+from .layers import CrossAttention, FeedForward, Kernels, Modulation, SelfAttention, add_gated_, grouped, per_stretch
 
 
 @dataclass(frozen=True)
@@ -48,7 +37,6 @@ class PassState:
     attention: object
     kernels: Kernels
     options: object
-    linear: LinearFunction = run_linear
     feed_forward: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
 
 
@@ -59,6 +47,7 @@ class Block(nn.Module):
     """
 
     per_modality = False
+    place = ""
 
     def __init__(self, config, operations, dtype=None, device=None):
         super().__init__()
@@ -92,13 +81,13 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, state: PassState) -> Tensor:
         vectors = self._vectors(tokens, state)
         split, attention, kernels, options = state.split, state.attention, state.kernels, state.options
-        linear = state.linear
 
         h = kernels.modulated_norm(self.norm1, tokens, _pick(vectors, 0, 1))
-        h = self.self_attn(h, split, state.table, state.self_attention, kernels, linear)
+        h = self.self_attn(h, split, state.table, state.self_attention, kernels)
         tokens = per_stretch(tokens, add_gated_, _pick(vectors, 2), h)
 
-        tokens += self.cross_attn(self.norm3(tokens), split, state.context, attention, options, linear)
+        h = kernels.norm(self, "norm3", tokens)
+        tokens += self.cross_attn(h, split, state.context, attention, kernels, options)
 
         h = kernels.modulated_norm(self.norm2, tokens, _pick(vectors, 3, 4))
         return per_stretch(tokens, add_gated_, _pick(vectors, 5), state.feed_forward(self.ffn, h))

@@ -3,8 +3,8 @@
 What differs from pass to pass and from block to block is kept out of the graph or made a tensor of it. Attention
 (joint or each modality to itself, the host's kernels), Linears (quantised, fetched for each use, with a LoRA added at
 it) and the feed-forward, which runs in pieces, are operators that the compiler does not look into: there a block is
-what it is without a compiler. A timestep is looked up token by token, which the compiler fuses away; the sizes that
-vary are symbols.
+what it is without a compiler. So are the weights of norms, which are fused. A timestep is looked up token by token,
+which the compiler fuses away; the sizes that vary are symbols.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from itertools import count
 from types import FunctionType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import PassState, Stretch
-from .layers import OWN_KERNELS, Projections
+from .layers import Kernels, modulated_norm
 
 MAKERS = {"backend": ("cudagraphs",), "mode": ("reduce-overhead", "max-autotune")}  # of CUDA graphs
 # A CUDA graph would repeat what an operator did when it was recorded, whatever the block and the pass.
@@ -60,6 +61,13 @@ def _linear(x: Tensor, place: str) -> Tensor:
     return _now.block.get_submodule(place)(x)
 
 
+@_operator("norm_weights")
+def _norm_weights(like: Tensor, place: str, parts: int) -> Tensor:
+    """The weight, and the bias where there are two parts, (parts, dim); copied, as the compiler may write to them."""
+    weights = _now.state.kernels.norm_weights(_now.block.get_submodule(place), like)
+    return torch.stack([part for part in weights if part is not None])
+
+
 @_operator("feed_forward", mutates=("x",))
 def _feed_forward(x: Tensor) -> None:
     _now.block.ffn(x)
@@ -76,6 +84,11 @@ def _like_x(x: Tensor, place: str) -> Tensor:
     return x.new_empty(x.shape)  # as wide: q, k, v and o are square
 
 
+@_norm_weights.register_fake
+def _of_parts(like: Tensor, place: str, parts: int) -> Tensor:
+    return like.new_empty(parts, like.shape[-1])
+
+
 @_feed_forward.register_fake
 def _nothing(x: Tensor) -> None:
     return None
@@ -89,13 +102,36 @@ def _run_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: object)
     return _attention(q, k, v, heads)
 
 
-def _run_linear(layers: Projections, name: str, x: Tensor) -> Tensor:
-    return _linear(x, f"{layers.place}.{name}")
+def _place(owner: nn.Module, name: str) -> str:
+    return f"{owner.place}.{name}" if owner.place else name
+
+
+def _run_linear(owner: nn.Module, name: str, x: Tensor) -> Tensor:
+    return _linear(x, _place(owner, name))
+
+
+def _run_norm(owner: nn.Module, name: str, x: Tensor) -> Tensor:
+    norm = getattr(owner, name)
+    if isinstance(norm, nn.LayerNorm):
+        weight, bias = _norm_weights(x, _place(owner, name), 2).unbind()
+        return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
+    (weight,) = _norm_weights(x, _place(owner, name), 1).unbind()
+    return F.rms_norm(x, x.shape[-1:], weight, norm.eps)
+
+
+def _run_modulated_norm(norm: nn.Module, tokens: Tensor, stretches: list[tuple]) -> Tensor:
+    def normalise(x: Tensor) -> Tensor:  # not the host's module, which says of each whether it is fetched
+        return F.layer_norm(x, x.shape[-1:], eps=norm.eps)
+
+    return modulated_norm(normalise, tokens, stretches)
 
 
 def _run_feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
     _feed_forward(x)
     return x
+
+
+KERNELS = Kernels(modulated_norm=_run_modulated_norm, linear=_run_linear, norm=_run_norm)
 
 
 def _block(
@@ -117,9 +153,8 @@ def _block(
         context=context,
         self_attention=_run_self_attention,
         attention=_run_attention,
-        kernels=OWN_KERNELS,
+        kernels=KERNELS,
         options=None,
-        linear=_run_linear,
         feed_forward=_run_feed_forward,
     )
     return block(tokens, state)
