@@ -38,12 +38,14 @@ class PassState:
     kernels: Kernels
     options: object
     feed_forward: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
+    work: Callable[[nn.Module, Tensor, PassState], Tensor] | None = None  # what does a block's work in its place
 
 
 class Block(nn.Module):
     """Modulated self-attention, cross-attention to the text, modulated feed-forward; each added to its input.
 
-    ``forward(tokens (B, L, dim), state)`` changes ``tokens`` in place and returns them.
+    ``forward(tokens (B, L, dim), state)`` changes ``tokens`` in place and returns them. ``work`` is what it does
+    itself: hooks are around it, and around what the state has in its place.
     """
 
     per_modality = False
@@ -79,6 +81,9 @@ class Block(nn.Module):
         return out
 
     def forward(self, tokens: Tensor, state: PassState) -> Tensor:
+        return self.work(tokens, state) if state.work is None else state.work(self, tokens, state)
+
+    def work(self, tokens: Tensor, state: PassState) -> Tensor:
         vectors = self._vectors(tokens, state)
         split, attention, kernels, options = state.split, state.attention, state.kernels, state.options
 

@@ -157,7 +157,7 @@ def _block(
         options=None,
         feed_forward=_run_feed_forward,
     )
-    return block(tokens, state)
+    return block.work(tokens, state)
 
 
 class CompiledBlocks:
@@ -187,6 +187,9 @@ class CompiledBlocks:
         return replace(state, context=context, vectors=vectors, stretches=stretches)
 
     def __call__(self, block: nn.Module, tokens: Tensor, state: PassState) -> Tensor:
+        return block(tokens, replace(state, work=self._work))  # a block's hooks, streaming's, stay out of the graph
+
+    def _work(self, block: nn.Module, tokens: Tensor, state: PassState) -> Tensor:
         groups = {stretch.suffix: stretch.group for stretch in state.stretches}
         none = torch.zeros(tokens.shape[0], 0, dtype=torch.long, device=tokens.device)
         vectors, video, audio = state.vectors, groups.get("", none), groups.get("_audio", none)

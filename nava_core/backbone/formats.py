@@ -30,13 +30,15 @@ Parts = dict[str, Tensor]  # by what follows the weight's name in a file: "", "_
 @dataclass(frozen=True)
 class Format:
     """A way to keep a weight. ``name`` is this project's word for it, ``algorithm`` ComfyUI's in its files, ``layout``
-    comfy_kitchen's class; ``bits`` a value has, its scales not counted."""
+    comfy_kitchen's class; ``bits`` a value has, its scales not counted; ``work`` the bytes a value that its reference
+    code takes to dequantise one to bfloat16, the result included, beside what is stored."""
 
     name: str
     algorithm: str
     layout: str
     bits: int
     multiple: int  # of a weight's widths
+    work: int = 2
     on_int8_units: bool = False  # its product is that of the GPU's int8 units, on rotated inputs of 8 bits
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -47,11 +49,11 @@ class Format:
 FORMATS = {
     each.name: each
     for each in (
-        Format("int8", "int8_tensorwise", "TensorWiseINT8Layout", 8, 16, True),
+        Format("int8", "int8_tensorwise", "TensorWiseINT8Layout", 8, 16, on_int8_units=True),
         Format("mxfp8", "mxfp8", "TensorCoreMXFP8Layout", 8, 32),
         Format("nvfp4", "nvfp4", "TensorCoreNVFP4Layout", 4, 16),
-        Format("w4a8", "asym_w4a8_int8", "AsymW4A8Int8Layout", 4, 16, True),
-        Format("w6a8", "asym_w4a8_int8", "AsymW4A8Int8Layout", 6, 32, True),
+        Format("w4a8", "asym_w4a8_int8", "AsymW4A8Int8Layout", 4, 16, 13, on_int8_units=True),
+        Format("w6a8", "asym_w4a8_int8", "AsymW4A8Int8Layout", 6, 32, 15, on_int8_units=True),
         # Of other tools; this project's own fp8 has a scale a row, see ``quantized``.
         Format("fp8 with one scale", "float8_e4m3fn", "TensorCoreFP8Layout", 8, 1),
     )

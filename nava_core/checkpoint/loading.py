@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -81,6 +81,8 @@ def load_backbone(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     changes: Mapping[str, WeightChange] | None = None,
+    in_ram: Collection[str] = (),
+    mapped: bool = False,
 ) -> NavaBackbone:
     """A backbone from a checkpoint of any form, ready to run: safetensors, torch or GGUF; fp32, bf16, fp16, fp8, or one
     of ComfyUI's quantised formats.
@@ -89,7 +91,9 @@ def load_backbone(
     (``Fp8Linear``, ``QuantLinear``, the rest bfloat16); ``torch.float8_e4m3fn`` quantises the blocks' Linears on the
     way in; any other floating type converts all to it. Beyond the loaded weights it takes the memory of the tensor
     being read (and of its float32 form where it is quantised). ``changes``, by a weight's name, are made to it on
-    ``device`` as it comes in, such as those of :class:`LoraMerge`.
+    ``device`` as it comes in, such as those of :class:`LoraMerge`. ``in_ram``: beginnings of names (such as
+    "single_blocks.3.") of weights that stay on the CPU. ``mapped``: of those on the CPU, the ones that are in the file
+    as they are wanted stay in its pages, which are the system's cache, and take no memory of the process.
 
     Raises FileNotFoundError, WrongFileError where the file is no backbone, ValueError where it is damaged
     or incomplete, or of a format whose package is missing (RuntimeError).
@@ -101,9 +105,17 @@ def load_backbone(
     problem = _mismatch(model, plan)
     if problem:
         raise WrongFileError(f"{info.path.name} does not fit its own configuration: {problem}; download it again.")
+    device, in_ram = torch.device(device), tuple(in_ram)
+
+    def home(name: str) -> torch.device:
+        return torch.device("cpu") if name.startswith(in_ram) else device
+
+    def is_mapped(name: str) -> bool:
+        return mapped and home(name).type == "cpu"
+
     with open_checkpoint(info) as source:
-        for name, tensor in stream_tensors(source, dtype, changes, device):
-            assign_tensor(model, name, tensor.to(device))
+        for name, tensor in stream_tensors(source, dtype, changes, device, is_mapped):
+            assign_tensor(model, name, tensor.to(home(name)))
     return model.eval()
 
 
@@ -225,11 +237,13 @@ def stream_tensors(
     dtype: Wanted,
     changes: Mapping[str, WeightChange] | None = None,
     device: torch.device | str = "cpu",
+    is_mapped: Callable[[str], bool] = lambda _: False,
     only: Container[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of a backbone in the type they are wanted in, one by one; ``dtype`` and ``changes`` as for
-    ``load_backbone``. Changed and newly quantised ones are on ``device``, the others on the CPU. ``only``: names of the
-    weights to read, where it is not all of them."""
+    ``load_backbone``. Changed and newly quantised ones are on ``device``, the others on the CPU; those that stay as
+    they are in the file's pages where ``is_mapped`` says so of their name. ``only``: names of the weights to read,
+    where it is not all of them."""
     info, changes = source.info, changes or {}
     own, wanted, rest = own_layers(info), wanted_layers(info, dtype), main_dtype(info, dtype)
     stored = {part for layer in own for part in _part_names(layer, own[layer])}
@@ -238,19 +252,32 @@ def stream_tensors(
             continue
         layer = name.removesuffix(WEIGHT)
         if layer == name or not (layer in wanted or layer in own):
-            yield name, _plain(source, name, rest, changes.get(name), device)
+            yield name, _plain(source, name, rest, changes.get(name), device, is_mapped)
             continue
-        yield from _layer_tensors(source, layer, own.get(layer), wanted.get(layer), rest, changes.get(name), device)
+        yield from _layer_tensors(
+            source, layer, own.get(layer), wanted.get(layer), rest, changes.get(name), device, is_mapped
+        )
 
 
-def _plain(source: TensorSource, name: str, dtype, change: WeightChange | None, device) -> torch.Tensor:
-    value = source.read(name)
+def _plain(
+    source: TensorSource, name: str, dtype, change: WeightChange | None, device, is_mapped: Callable[[str], bool]
+) -> torch.Tensor:
+    found = source.tensors[name].torch_dtype
+    stays = change is None and found is not None and (found is dtype or not found.is_floating_point)
+    value = source.map(name) if stays and is_mapped(name) else source.read(name)
     value = value.to(dtype) if value.is_floating_point() else value
     return value if change is None else change(value.to(device, torch.float32)).to(value.dtype)
 
 
 def _layer_tensors(
-    source: TensorSource, name: str, own: Layer | None, wanted: Layer | None, rest, change: WeightChange | None, device
+    source: TensorSource,
+    name: str,
+    own: Layer | None,
+    wanted: Layer | None,
+    rest: torch.dtype,
+    change: WeightChange | None,
+    device: torch.device | str,
+    is_mapped: Callable[[str], bool],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What becomes of one layer's weight: kept, dequantised, quantised, or changed and then kept as it was."""
     weight = f"{name}{WEIGHT}"
@@ -258,7 +285,8 @@ def _layer_tensors(
         value = source.read(weight).to(device)
         parts = _quantised(weight, wanted, value)
     else:
-        parts = {suffix: source.read(weight + suffix) for suffix in own.parts if weight + suffix in source}
+        get = source.map if change is None and own == wanted and is_mapped(weight) else source.read
+        parts = {suffix: get(weight + suffix) for suffix in own.parts if weight + suffix in source}
         if change is not None or own != wanted:
             parts = {suffix: part.to(device) for suffix, part in parts.items()}
     if wanted is None:

@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
     job = make_job(PROMPT, defaults=Defaults(seconds=SECONDS, size=SIZE, steps=STEPS))
     progress.begin("Denoising")
     try:
-        clip = pipeline(**job.request(), callback=progress.step)
+        latents = pipeline.denoise(**job.request(), callback=progress.step)
     finally:
         progress.end()
     target = folder / "clip.mp4"
-    clip.save(target)
+    pipeline.save(latents, target)
     print(target)
     progress.say(next_steps())
     return 0

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..batch import Failed, Made, Runner, Task, Watcher, failure_of
+from ..batch import Failed, Made, Runner, Task, Watcher, failure_of, make_clip
 from ..explain import explain
 from ..jobs import Job
 from .cluster import WORKER_ENVIRONMENT, ClusterError, code_version, connected
@@ -31,6 +31,7 @@ START_SECONDS = 300.0  # for a worker to appear
 POLL_SECONDS = 0.5
 
 Inputs = dict[Path, bytes]
+Result = tuple[Made | Failed, bytes, bytes | None]  # of a clip, its file's bytes and its latents'
 
 
 class BatchWorker:
@@ -60,30 +61,33 @@ class BatchWorker:
             return _for_the_road(Failed(explain(error), fatal=error, models=True), {})
         return None
 
-    def make(self, job: Job, inputs: Inputs, name: str, scratch: str | None) -> tuple[Made | Failed | None, bytes]:
-        """A clip: how it went, None where one of the workers that share it was lost; and its file's bytes."""
+    def make(self, task: Task, inputs: Inputs, kept: bytes | None, scratch: str | None) -> Result:
+        """A clip: how it went, None where one of the workers that share it was lost; its file's bytes, and those of its
+        latents where they are to be kept and were not ``kept`` already."""
         folder = Path(tempfile.mkdtemp(prefix="nava-clip-", dir=scratch))
         try:
-            local, names = _with_local_inputs(job, inputs, folder)
+            job, names = _with_local_inputs(task.job, inputs, folder)
+            local = replace(task, job=job, path=folder / task.path.name, latents=folder / "kept" / task.latents.name)
+            local.latents.parent.mkdir()
+            if kept is not None:
+                local.latents.write_bytes(kept)
             try:
-                result = self._made(local, folder / name)
+                result = self._made(local)
             except LostWorkerError:
-                return None, b""
-            data = (folder / name).read_bytes() if isinstance(result, Made) else b""
-            return _for_the_road(result, names), data
+                return None, b"", None
+            data = local.path.read_bytes() if isinstance(result, Made) else b""
+            new = kept is None and local.latents.is_file()
+            return _for_the_road(result, names), data, local.latents.read_bytes() if new else None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _made(self, job: Job, path: Path) -> Made | Failed:
-        start = time.monotonic()
+    def _made(self, task: Task) -> Made | Failed:
         try:
-            clip = self.pipeline(**job.request(), callback=lambda *_: None)
-            clip.save(path)
+            return make_clip(self.pipeline, task, lambda *_: None)
         except LostWorkerError:
             raise
         except Exception as error:
-            return failure_of(error, job)
-        return Made(time.monotonic() - start, tuple(getattr(clip, "warnings", ())))
+            return failure_of(error, task.job)
 
 
 def _with_local_inputs(job: Job, inputs: Inputs, folder: Path) -> tuple[Job, dict[str, str]]:
@@ -202,11 +206,12 @@ class WorkersRunner(Runner):
                 task = self.queue.popleft()
                 try:
                     inputs = {path: path.read_bytes() for path in (task.job.image, *task.job.voices) if path}
+                    kept = None if task.kept_latents() is None else task.latents.read_bytes()
                 except OSError as error:
                     self.results.append((task, failure_of(error)))
                     continue
                 worker.task = task
-                self.calls[worker.actor.make.remote(task.job, inputs, task.file, self.scratch)] = worker
+                self.calls[worker.actor.make.remote(task, inputs, kept, self.scratch)] = worker
 
     def _wait(self) -> None:
         """Takes what a worker has ended, or returns after a moment."""
@@ -233,16 +238,20 @@ class WorkersRunner(Runner):
         else:
             self._opened(worker, value) if task is None else self._made_elsewhere(task, *value)
 
-    def _made_elsewhere(self, task: Task, result: Made | Failed | None, data: bytes) -> None:
+    def _made_elsewhere(self, task: Task, result: Made | Failed | None, data: bytes, latents: bytes | None) -> None:
         if result is None:
             self._again(task)
             return
         self.lost.pop(task.path, None)
-        if isinstance(result, Made):
-            try:
+        try:
+            if latents is not None:
+                part = task.path.with_name(task.latents.name)
+                part.write_bytes(latents)
+                os.replace(part, task.latents)
+            if isinstance(result, Made):
                 task.path.write_bytes(data)
-            except OSError as error:
-                result = failure_of(error)
+        except OSError as error:
+            result = failure_of(error)
         self.results.append((task, result))
 
     # ------------------------------------------------------------ workers

@@ -31,6 +31,7 @@ from ..checkpoint import (
     plan_tensors,
     stream_tensors,
 )
+from ..explain import is_out_of_memory
 from .cluster import ADDRESS_VARIABLES, UNWANTED, ClusterError, code_version, configured_address, connected, require_ray
 from .layout import Layout, choose_layout, fitting_layouts, layout_problem
 from .worker import file_digest
@@ -216,6 +217,11 @@ class Workers:
             cause = error.cause
             if isinstance(cause, ValueError):
                 return ValueError(str(cause))
+            if is_out_of_memory(cause):
+                return WorkersError(
+                    "A worker has too little free memory for this clip: make it smaller or shorter, or let the workers "
+                    "share the weights (sharded)."
+                )
             return WorkersError(f"A worker failed: {type(cause).__name__}: {_first_line(cause)}")
         if isinstance(error, errors.RayActorError):
             if "No module named" in str(error) or "cannot import" in str(error):

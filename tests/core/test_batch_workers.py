@@ -15,6 +15,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from nava_core.demo import make_small_models  # noqa: E402
 from nava_core.jobs import Defaults  # noqa: E402
 from nava_core.parallel import batch as workers  # noqa: E402
 from nava_core.parallel import cluster  # noqa: E402
+from nava_core.pipeline import ClipLatents  # noqa: E402
 
 FAKE = Path(__file__).with_name("_fake_pipeline.py")
 spec = importlib.util.spec_from_file_location("_fake_pipeline", FAKE)
@@ -92,7 +94,7 @@ def files(out):
 class Tells(fake.FakePipeline):
     """Clips that hold what a test wants to know of the worker; some words of a prompt end or delay it."""
 
-    def __call__(self, prompt, *, callback, **request):
+    def denoise(self, prompt, *, callback, **request):
         if prompt.startswith("DIE"):
             marks = Path(prompt.split()[1])
             marks.write_text(f"{marks.read_text() if marks.exists() else ''}{os.getpid()}\n")
@@ -100,15 +102,15 @@ class Tells(fake.FakePipeline):
                 os.kill(os.getpid(), signal.SIGKILL)
         if "SLOW" in prompt:
             time.sleep(0.5)
-        clip = super().__call__(prompt, callback=callback, **request)
+        latents = super().denoise(prompt, callback=callback, **request)
         image = request["image"] and Path(request["image"]).read_bytes().decode()
         voices = [Path(voice).read_bytes().decode() for voice in request["voices"]]
         environment = {name: value for name, value in os.environ.items() if "ALLOC" in name}
-        clip.request = {
+        settings = {
             "prompt": prompt, "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "image": image,
             "voices": voices, "environment": environment,
         }  # fmt: skip
-        return clip
+        return replace(latents, settings=settings)
 
 
 def told(out):
@@ -204,17 +206,40 @@ def test_pictures_and_voices_travel_and_the_environment_is_clean(tmp_path, ray_h
     assert not any("cudaMallocAsync" in value for clip in clips for value in clip["environment"].values())
 
 
+class Undecoded(Tells):
+    """Fails to decode the clips that a mark is there for."""
+
+    def save(self, latents, path, **options):
+        if Path(latents.settings["prompt"]).exists():
+            raise RuntimeError("The GPU is gone.")
+        return super().save(latents, path, **options)
+
+
+def test_latents_travel_and_a_clip_is_finished_from_them(tmp_path, ray_here):
+    mark, out = tmp_path / "mark", tmp_path / "out"
+    mark.touch()
+    source = write(tmp_path, {"prompt": str(mark), "id": "a", "save_latents": True}, {"prompt": "two", "id": "b"})
+    assert statuses(run(source, out, Undecoded)) == ["failed", "made"]
+    path = out / "a.mp4.latents.safetensors"
+    before = path.read_bytes()
+    assert sorted(each.name for each in out.glob("*.latents.safetensors")) == [path.name]
+    denoised = ClipLatents.load(path).settings["pid"]
+    mark.unlink()
+    finished, _ = run(source, out, Undecoded).outcomes
+    assert (finished.status, finished.from_latents, finished.latents) == ("made", True, path.name)
+    assert json.loads((out / "a.mp4").read_text())["pid"] == denoised
+    assert path.read_bytes() == before
+
+
 def test_a_message_names_the_file_that_was_given(tmp_path, ray_here):
     (tmp_path / "a.png").write_text("no picture")
 
-    def opener():
-        def pipeline(**request):
+    class Blind:
+        def denoise(self, **request):
             raise ValueError(f"{request['image']} is no picture.")
 
-        return pipeline
-
     source = write(tmp_path, {"prompt": "one", "image_path": "a.png"})
-    (failed,) = run(source, tmp_path / "out", opener).failures
+    (failed,) = run(source, tmp_path / "out", Blind).failures
     assert failed.error == f"{tmp_path / 'a.png'} is no picture."
 
 
