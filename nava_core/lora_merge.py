@@ -21,6 +21,7 @@ from .checkpoint import (
     describe_file,
     explain_wrong_file,
     open_checkpoint,
+    weight_shapes,
 )
 from .convert import check_finite
 from .lora import PAIRS, LoraEntry, check_whole, match_layers, peft_alphas, peft_config, some
@@ -83,7 +84,7 @@ class LoraMerge:
         self.names: list[str] = []  # of the files that are merged
         self._deltas: dict[str, list[_Delta]] = {}  # by the weight's name
         backbone = backbone if isinstance(backbone, FileInfo) else describe_file(backbone)
-        shapes = {name: tensor.shape for name, tensor in backbone.model_tensors.items()}
+        shapes = weight_shapes(backbone)
         for lora in loras:
             self._add(*(lora if isinstance(lora, tuple) else (lora, 1.0)), shapes)
 

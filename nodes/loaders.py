@@ -43,6 +43,17 @@ def device_input(what: str, advanced: bool = True) -> io.Combo.Input:
     )
 
 
+GGUF_FOLDER = "nava_gguf"  # the folders of diffusion_models once more, for files that ComfyUI does not list there
+
+
+def backbone_files() -> list[str]:
+    folders = folder_paths.folder_names_and_paths
+    folders.setdefault(GGUF_FOLDER, (folders["diffusion_models"][0], {".gguf"}))
+    return sorted(
+        {name for folder in ("diffusion_models", GGUF_FOLDER) for name in folder_paths.get_filename_list(folder)}
+    )
+
+
 class NavaLoadBackbone(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -53,14 +64,19 @@ class NavaLoadBackbone(io.ComfyNode):
             description="Loads the NAVA transformer, which makes picture and sound together.",
             search_aliases=["nava", "load model", "video with sound"],
             inputs=[
-                file_input("diffusion_models", "NAVA.safetensors, NAVA_fp8.safetensors or a .ckpt of it."),
+                io.Combo.Input(
+                    "file",
+                    options=backbone_files(),
+                    tooltip="NAVA.safetensors, NAVA_fp8.safetensors, one of nava convert's smaller files, a .ckpt or a "
+                    ".gguf. From ComfyUI's models/diffusion_models folder.",
+                ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="auto",
-                    tooltip="How the weights are kept in memory. auto: as the file and the GPU suit best; "
-                    "bf16: 12.6 GB; fp8: 6.9 GB, a little less exact; fp8 fast: also multiplies in fp8, less exact "
-                    "again, on GPUs that can (Ada, Hopper and later).",
+                    tooltip="How the weights are kept in memory. auto: as the file and the GPU suit best; auto fast: "
+                    "also multiplies in the file's own quantised type on GPUs that can, less exact; bf16: 12.6 GB; "
+                    "fp8: 6.9 GB, a little less exact; fp8 fast: also multiplies in fp8 (Ada, Hopper and later).",
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -49,6 +49,7 @@ class Block(nn.Module):
     """
 
     per_modality = False
+    place = ""
 
     def __init__(self, config, operations, dtype=None, device=None):
         super().__init__()
@@ -90,7 +91,8 @@ class Block(nn.Module):
         h = self.self_attn(h, split, state.table, state.self_attention, kernels)
         tokens = per_stretch(tokens, add_gated_, _pick(vectors, 2), h)
 
-        tokens += self.cross_attn(self.norm3(tokens), split, state.context, attention, options)
+        h = kernels.norm(self, "norm3", tokens)
+        tokens += self.cross_attn(h, split, state.context, attention, kernels, options)
 
         h = kernels.modulated_norm(self.norm2, tokens, _pick(vectors, 3, 4))
         return per_stretch(tokens, add_gated_, _pick(vectors, 5), state.feed_forward(self.ffn, h))

@@ -155,16 +155,33 @@ def modulated_norm(norm: nn.Module, tokens: Tensor, stretches: list[tuple]) -> T
     return per_stretch(norm(tokens), modulate_, stretches)
 
 
+def run_layer(owner: nn.Module, name: str, x: Tensor) -> Tensor:
+    """A layer that is an attribute of ``owner``."""
+    return getattr(owner, name)(x)
+
+
+def norm_weights(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias of a norm, ready to be used with ``like``."""
+    bias = getattr(norm, "bias", None)
+    return norm.weight.to(like), None if bias is None else bias.to(like)
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """Steps that a host may have fused kernels for; by default this module's own. Both leave their inputs alone.
+    """Steps of a block that a host may have fused kernels for, or a way of its own; by default this module's own. All
+    leave their inputs alone.
 
     rotate(x, table, heads): :func:`rotated`, in fp32 or in x's type.
     modulated_norm(norm, tokens, stretches): :func:`modulated_norm`, ``norm`` being a LayerNorm without weights.
+    norm_weights(norm, like): :func:`norm_weights`, where blocks are compiled.
+    linear(owner, name, x), norm(owner, name, x): :func:`run_layer`, of q, k, v, o and of a norm with weights.
     """
 
     rotate: Callable[[Tensor, Tensor, int], Tensor] = rotated
     modulated_norm: Callable[[nn.Module, Tensor, list[tuple]], Tensor] = modulated_norm
+    norm_weights: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]] = norm_weights
+    linear: Callable[[nn.Module, str, Tensor], Tensor] = run_layer
+    norm: Callable[[nn.Module, str, Tensor], Tensor] = run_layer
 
 
 OWN_KERNELS = Kernels()
@@ -176,6 +193,8 @@ MODALITY_SUFFIXES = ("", "_audio")
 
 class Projections(nn.Module):
     """q, k, v, o and the full-width RMS norms of q and k: one set, or one for video and one for audio."""
+
+    place: str  # what a block calls it
 
     def __init__(self, dim, num_heads, eps, per_modality: bool, operations, dtype=None, device=None):
         super().__init__()
@@ -204,15 +223,13 @@ class Projections(nn.Module):
         out[:, split:] = function(audio, x[:, split:])
         return out
 
-    def project(self, name: str, suffix: str, x: Tensor) -> Tensor:
+    def project(self, name: str, kernels: Kernels, suffix: str, x: Tensor) -> Tensor:
         """One of q, k, v, o."""
-        return getattr(self, name + suffix)(x)
+        return kernels.linear(self, name + suffix, x)
 
-    def normalise_(
-        self, name: str, suffix: str, x: Tensor, table: Tensor | None = None, kernels: Kernels = OWN_KERNELS
-    ) -> Tensor:
+    def normalise_(self, name: str, suffix: str, x: Tensor, kernels: Kernels, table: Tensor | None = None) -> Tensor:
         """RMS norm of q or k, and its rotation by ``table``, in place and in pieces: both need fp32 copies."""
-        norm = getattr(self, f"norm_{name}{suffix}")
+        norm = partial(kernels.norm, self, f"norm_{name}{suffix}")
         if torch.compiler.is_compiling():  # it fuses the copies away, and the number of pieces would be part of a graph
             piece = norm(x)
             return x.copy_(piece if table is None else kernels.rotate(piece, table, self.num_heads))
@@ -240,6 +257,8 @@ def self_attention(
 class SelfAttention(Projections):
     """Self-attention over [video; audio]; ``attend`` is ``self_attention`` with the pass's settings filled in."""
 
+    place = "self_attn"
+
     def forward(
         self,
         x: Tensor,
@@ -249,17 +268,18 @@ class SelfAttention(Projections):
         kernels: Kernels,
     ) -> Tensor:
         q, k = (self._positioned(name, x, split, table, kernels) for name in "qk")
-        v = self.per_part(x, split, partial(self.project, "v"))
+        v = self.per_part(x, split, partial(self.project, "v", kernels))
         out = attend(q, k, v, self.num_heads)
         del q, k, v
-        return self.per_part(out, split, partial(self.project, "o"))
+        return self.per_part(out, split, partial(self.project, "o", kernels))
 
     def _positioned(self, name: str, x: Tensor, split: int, table: Tensor, kernels: Kernels) -> Tensor:
         """q or k of all tokens, normalised and rotated."""
         tables = {"": table} if not self.per_modality else {"": table[:split], "_audio": table[split:]}
 
         def positioned(suffix: str, tokens: Tensor) -> Tensor:
-            return self.normalise_(name, suffix, self.project(name, suffix, tokens), tables[suffix], kernels)
+            projected = self.project(name, kernels, suffix, tokens)
+            return self.normalise_(name, suffix, projected, kernels, tables[suffix])
 
         return self.per_part(x, split, positioned)
 
@@ -267,13 +287,15 @@ class SelfAttention(Projections):
 class CrossAttention(Projections):
     """Attention from the tokens to the text context."""
 
-    def forward(self, x: Tensor, split: int, context: Tensor, attention, options) -> Tensor:
+    place = "cross_attn"
+
+    def forward(self, x: Tensor, split: int, context: Tensor, attention, kernels: Kernels, options) -> Tensor:
         def attend(suffix: str, tokens: Tensor) -> Tensor:
-            k, v = (self.project(name, suffix, context) for name in "kv")
-            q = self.normalise_("q", suffix, self.project("q", suffix, tokens))
-            out = attention(q, self.normalise_("k", suffix, k), v, self.num_heads, options)
+            k, v = (self.project(name, kernels, suffix, context) for name in "kv")
+            q = self.normalise_("q", suffix, self.project("q", kernels, suffix, tokens), kernels)
+            out = attention(q, self.normalise_("k", suffix, k, kernels), v, self.num_heads, options)
             del q
-            return self.project("o", suffix, out)
+            return self.project("o", kernels, suffix, out)
 
         return self.per_part(x, split, attend)
 

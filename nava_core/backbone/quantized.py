@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -85,6 +89,30 @@ def dequantise_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
     return weight.to(torch.float32).mul_(scale.to(torch.float32).reshape(shape)).to(dtype)
 
 
+@dataclass(frozen=True)
+class RowFp8Layer:
+    """A layer's weight (out, in) in float8 with a scale a row, seen as the formats of ``formats`` are."""
+
+    shape: tuple[int, int]
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and types of what is stored, by what follows the weight's name in a file."""
+        return {"": (self.shape, FP8), "_scale": (self.shape[:1], torch.bfloat16)}
+
+    def dequantise(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The weight (out, in) as ``dtype``."""
+        return dequantise_rows(parts[""], parts["_scale"], dtype)
+
+    def quantise(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As ``quantise_rows``."""
+        return dict(zip(self.parts, quantise_rows(weight), strict=True))
+
+    def requantise(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+        """As ``quantise_rows_stochastically``."""
+        return dict(zip(self.parts, quantise_rows_stochastically(weight, seed), strict=True))
+
+
 def fp8_matmul_problem(device: torch.device | str) -> str | None:
     """Why a device cannot multiply float8 rows in hardware; None where it can."""
     device = torch.device(device)
@@ -123,9 +151,9 @@ class Fp8Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.fp8_matmul = fp8_matmul
-        self.weight = _parameter((out_features, in_features), FP8, device)
-        self.weight_scale = _parameter((out_features,), torch.bfloat16, device)
-        self.bias = _parameter((out_features,), torch.bfloat16, device) if bias else None
+        self.weight = frozen((out_features, in_features), FP8, device)
+        self.weight_scale = frozen((out_features,), torch.bfloat16, device)
+        self.bias = frozen((out_features,), torch.bfloat16, device) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, fp8_matmul: bool = False) -> Fp8Linear:
@@ -194,5 +222,6 @@ def set_fp8_matmul(model: nn.Module, enabled: bool) -> int:
     return len(layers)
 
 
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
+def frozen(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
+    """A parameter without values and without a gradient."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

@@ -8,11 +8,14 @@ from .loading import (
     assign_tensor,
     backbone_config,
     backbone_problem,
+    block_linears,
     estimate_memory,
     load_backbone,
     main_dtype,
     plan_tensors,
+    readable_backbone,
     stream_tensors,
+    weight_shapes,
 )
 from .source import TensorSource, open_checkpoint
 
@@ -29,6 +32,7 @@ __all__ = [
     "assign_tensor",
     "backbone_config",
     "backbone_problem",
+    "block_linears",
     "describe_file",
     "estimate_memory",
     "explain_wrong_file",
@@ -38,5 +42,7 @@ __all__ = [
     "main_dtype",
     "open_checkpoint",
     "plan_tensors",
+    "readable_backbone",
     "stream_tensors",
+    "weight_shapes",
 ]

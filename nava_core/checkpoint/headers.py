@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backbone.formats import QuantisedLayer
+from .gguf import BLOCKS, MAGIC, GGUFError, read_gguf_header
 from .kinds import BACKBONES, NOUNS, FileKind, Recognised, recognise
 from .numpy_values import numpy_numbers
+from .quantised import MARK, WEIGHT, layers_phrase, read_layers
 
 MAX_SAFETENSORS_HEADER = 32 * 2**20  # bytes; the released backbone's is about 0.2 MB
 MAX_PICKLE = 64 * 2**20  # bytes of a torch file's structure, tensors not counted
@@ -32,6 +35,7 @@ SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),  # from torch 2.7 on
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -46,6 +50,7 @@ SHORT_NAMES = {
     "float64": "fp64",
     "float8_e4m3fn": "fp8",
     "float8_e5m2": "fp8 (e5m2)",
+    **{name: name.upper() for name in BLOCKS},
 }
 
 
@@ -76,12 +81,14 @@ class FileInfo:
     ``tensors`` are by their names in the file (a torch file's wrapper, such as ``state_dict``, taken off);
     ``prefix`` is what stands before the model's own names. ``metadata`` maps text to text; a torch file's
     plain dictionaries beside the tensors are there as JSON. ``parts`` are all the kinds found: a merged
-    file can hold several. ``detail`` continues the noun of ``kind``.
+    file can hold several. ``detail`` continues the noun of ``kind``. ``layers`` are a backbone's layers in
+    ComfyUI's quantised formats, by the model's own names; where one cannot be read there are none, and
+    ``layers_problem`` is a phrase that says why.
     """
 
     path: Path
     kind: FileKind
-    format: str  # "safetensors", "torch", or "" where the file is neither
+    format: str  # "safetensors", "torch", "gguf", or "" where the file is none of them
     size: int  # bytes
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -89,6 +96,8 @@ class FileInfo:
     wrapper: str = ""
     detail: str = ""
     parts: frozenset[FileKind] = frozenset()
+    layers: Mapping[str, QuantisedLayer] = field(default_factory=dict)
+    layers_problem: str = ""
 
     @property
     def is_backbone(self) -> bool:
@@ -112,15 +121,24 @@ class FileInfo:
 
     @property
     def parameters(self) -> int:
-        return sum(tensor.numel for tensor in self.tensors.values())
+        """Numbers in it; of a quantised weight those that it stands for."""
+        packed = sum(math.prod(layer.shape) for layer in self.layers.values())
+        return packed + sum(t.numel for name, t in self.tensors.items() if self._layer_of(name) is None)
+
+    def _layer_of(self, name: str) -> QuantisedLayer | None:
+        """The quantised layer that a tensor, by its name in the file, stores a part of."""
+        own = name[len(self.prefix) :]
+        layer = own.removesuffix(MARK) if own.endswith(MARK) else own.rpartition(WEIGHT)[0]
+        return self.layers.get(layer) if layer and name.startswith(self.prefix) else None
 
     @property
     def dtypes(self) -> list[str]:
-        """Floating-point types in it by their short names, the one with most bytes first."""
+        """Floating-point types and quantised formats in it by their short names, the one with most bytes first."""
         weight: dict[str, int] = {}
-        for tensor in self.tensors.values():
-            if tensor.dtype in SHORT_NAMES:
-                short = SHORT_NAMES[tensor.dtype]
+        for name, tensor in self.tensors.items():
+            layer = self._layer_of(name)
+            short = SHORT_NAMES.get(tensor.dtype) if layer is None else layer.format.name
+            if short:
                 weight[short] = weight.get(short, 0) + tensor.nbytes
         return sorted(weight, key=lambda name: -weight[name])
 
@@ -144,7 +162,7 @@ class BrokenFileError(Exception):
 
 
 def describe_file(path: str | os.PathLike) -> FileInfo:
-    """Says what a file is by its content; reads no tensor, and checks every size before memory is taken.
+    """Says what a file is by its content; reads no weight, and checks every size before memory is taken.
 
     A file that is not a model, or a damaged one, is described too (``kind``, ``summary``). Raises
     FileNotFoundError where there is nothing at ``path`` and ValueError where there is a folder.
@@ -178,8 +196,8 @@ def _describe_content(path: Path, size: int, head: bytes) -> FileInfo:
         raise BrokenFileError(FileKind.UNSAFE, "a Python pickle that torch.save did not write")
     if head.startswith(b"\x80\x02"):
         return _model(path, size, "torch", *_read_torch(path, size, zipped=False))
-    if head.startswith(b"GGUF"):
-        return FileInfo(path, FileKind.GGUF, "", size)
+    if head.startswith(MAGIC):
+        return _describe_gguf(path, size)
     return _describe_text(path, size, head)
 
 
@@ -188,7 +206,28 @@ def _model(
 ) -> FileInfo:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     found: Recognised = recognise(shapes, {name: tensor.dtype for name, tensor in tensors.items()})
-    return FileInfo(path, found.kind, form, size, tensors, metadata, found.prefix, wrapper, found.detail, found.parts)
+    kind, detail, layers, problem = found.kind, found.detail, {}, ""
+    if kind in BACKBONES and form == "safetensors":
+        layers, problem = read_layers(path, tensors, metadata, found.prefix)
+        if layers or problem:
+            kind = FileKind.NAVA_BACKBONE_QUANTISED
+            detail = f"({layers_phrase(layers)})" if layers else ""
+    return FileInfo(
+        path, kind, form, size, tensors, metadata, found.prefix, wrapper, detail, found.parts, layers, problem
+    )
+
+
+def _describe_gguf(path: Path, size: int) -> FileInfo:
+    try:
+        found, metadata = read_gguf_header(path, size)
+    except GGUFError as error:
+        raise BrokenFileError(FileKind.TRUNCATED if error.truncated else FileKind.CORRUPT, str(error)) from error
+    tensors = {name: TensorInfo(*tensor) for name, tensor in found.items()}
+    info = _model(path, size, "gguf", tensors, metadata, "")
+    if info.is_backbone:
+        return info
+    detail = "" if info.kind is FileKind.UNKNOWN else f"({info.what})"
+    return FileInfo(path, FileKind.GGUF, "", size, detail=detail)
 
 
 def _describe_text(path: Path, size: int, head: bytes) -> FileInfo:

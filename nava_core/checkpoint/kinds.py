@@ -12,6 +12,7 @@ class FileKind(str, Enum):
 
     NAVA_BACKBONE = "nava_backbone"
     NAVA_BACKBONE_FP8 = "nava_backbone_fp8"
+    NAVA_BACKBONE_QUANTISED = "nava_backbone_quantised"
     LORA = "lora"
     WAN = "wan"
     LTX_AV = "ltx_av"
@@ -42,11 +43,12 @@ class FileKind(str, Enum):
 
 SHOWN_NAMES, SHOWN_LENGTH = 3, 80  # of tensors in a sentence
 CLIP_LATENTS = ("nava_latents.video", "nava_latents.audio")  # the tensors of a clip's latents in a file
-BACKBONES = frozenset({FileKind.NAVA_BACKBONE, FileKind.NAVA_BACKBONE_FP8})
+BACKBONES = frozenset({FileKind.NAVA_BACKBONE, FileKind.NAVA_BACKBONE_FP8, FileKind.NAVA_BACKBONE_QUANTISED})
 
 NOUNS = {
     FileKind.NAVA_BACKBONE: "a NAVA backbone",
     FileKind.NAVA_BACKBONE_FP8: "a NAVA backbone in fp8",
+    FileKind.NAVA_BACKBONE_QUANTISED: "a quantised NAVA backbone",
     FileKind.LORA: "a LoRA",
     FileKind.WAN: "a Wan video model",
     FileKind.LTX_AV: "an LTX video-and-audio model",
@@ -71,7 +73,7 @@ NOUNS = {
     FileKind.TRUNCATED: "an incomplete download",
     FileKind.CORRUPT: "a damaged model file",
     FileKind.UNSAFE: "a pickle that holds more than tensors and was not opened, because it could run code",
-    FileKind.GGUF: "a GGUF file, a format that is not supported",
+    FileKind.GGUF: "a GGUF file of a model that is not read here",
     FileKind.UNKNOWN: "a file of an unknown kind",
 }
 

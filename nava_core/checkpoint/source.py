@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .gguf import GGUFError, GGUFTensor, read_gguf_tensor
 from .headers import BrokenFileError, FileInfo, TensorInfo, describe_file, load_torch, unwrap
 from .kinds import WrongFileError
 
@@ -131,6 +132,24 @@ class TorchSource(TensorSource):
         self._tensors = {}
 
 
+class GGUFSource(TensorSource):
+    """A GGUF file: block formats come as float32, a tensor at a time."""
+
+    def __init__(self, info: FileInfo) -> None:
+        super().__init__(info)
+        self._file = info.path.open("rb", buffering=0)
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name]
+        try:
+            return read_gguf_tensor(self._file, GGUFTensor(*tensor))
+        except GGUFError as error:
+            raise WrongFileError(f"{self.info.path.name} could not be read ({error}): download it again.") from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def open_checkpoint(path: str | os.PathLike | FileInfo) -> TensorSource:
     """Opens a model file of any kind for reading tensor by tensor.
 
@@ -141,6 +160,6 @@ def open_checkpoint(path: str | os.PathLike | FileInfo) -> TensorSource:
     if not info.is_readable:
         raise WrongFileError(f"{info.path.name} is {info.what}: no tensors can be read from it.")
     try:
-        return SafetensorsSource(info) if info.format == "safetensors" else TorchSource(info)
+        return {"safetensors": SafetensorsSource, "gguf": GGUFSource}.get(info.format, TorchSource)(info)
     except BrokenFileError as error:
         raise WrongFileError(f"{info.path.name} could not be read {error.detail}.") from error

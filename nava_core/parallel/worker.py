@@ -86,8 +86,8 @@ class Worker:
     # ------------------------------------------------------------ weights
 
     def prepare(self, config: Mapping, plan: Iterable[tuple], dtype: torch.dtype, compile: bool = False) -> None:
-        """Make the network, without its weights. ``plan``: (name, shape, type) of each tensor to come."""
-        tensors = {name: PlannedTensor(name, tuple(shape), kind) for name, shape, kind in plan}
+        """Make the network, without its weights. ``plan``: what ``PlannedTensor.plain`` gives of those to come."""
+        tensors = {tensor.name: tensor for tensor in map(PlannedTensor.from_plain, plan)}
         self.model = empty_backbone(BackboneConfig(**config), tensors, dtype).eval()
         if compile:
             self.model.compile_blocks()
@@ -117,6 +117,8 @@ class Worker:
     def _fill(self, name: str, tensor: Tensor) -> None:
         parameter = self.model.get_parameter(name)
         if isinstance(parameter, DTensor):
+            if tensor.dtype.itemsize == 1:
+                tensor = tensor.view(parameter.dtype)
             mine = distribute_tensor(
                 tensor.to(self.device), parameter.device_mesh, parameter.placements, src_data_rank=None
             )

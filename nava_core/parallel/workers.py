@@ -315,7 +315,7 @@ class ParallelBackbone(nn.Module):
         _only_one(self)
         self.say(f"Starting {self.count} workers.")
         workers = Workers(self.count, self.worker_device, self.layout.sequence if self.sharded else 0)
-        plan = [(tensor.name, tensor.shape, tensor.dtype) for tensor in plan_tensors(self.info, self.weights_dtype)]
+        plan = [tensor.plain() for tensor in plan_tensors(self.info, self.weights_dtype)]
         try:
             workers.ask("prepare", asdict(self.config), plan, self.dtype, self.compiles)
             self._send_weights(workers)

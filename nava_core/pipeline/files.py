@@ -11,7 +11,7 @@ from ..checkpoint import FileInfo, FileKind, WrongFileError, describe_file, expl
 from ..components import audio_vae_part, holds, load_problem
 
 KINDS = {
-    "backbone": (FileKind.NAVA_BACKBONE, FileKind.NAVA_BACKBONE_FP8),
+    "backbone": (FileKind.NAVA_BACKBONE, FileKind.NAVA_BACKBONE_FP8, FileKind.NAVA_BACKBONE_QUANTISED),
     "text_encoder": (FileKind.UMT5, FileKind.UMT5_ORIGINAL),
     "video_vae": (FileKind.WAN22_VAE,),
     "audio_vae": (FileKind.LTX_AUDIO_VAE,),
@@ -20,7 +20,7 @@ KINDS = {
 NAMES = {role: role.replace("_", " ").replace("vae", "VAE") for role in KINDS}
 OPTIONAL = ("speaker_encoder",)
 VAES = ("video_vae", "audio_vae")
-MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".gguf")
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 
 

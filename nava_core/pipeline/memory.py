@@ -395,8 +395,8 @@ class Components:
 
     @property
     def backbone_dtype(self) -> torch.dtype | None:
-        as_it_is = self.device.type == "cpu" or describe_file(self.files.backbone).kind is FileKind.NAVA_BACKBONE_FP8
-        return self.dtype or (None if as_it_is else torch.bfloat16)
+        quantised = describe_file(self.files.backbone).kind is not FileKind.NAVA_BACKBONE
+        return self.dtype or (None if quantised or self.device.type == "cpu" else torch.bfloat16)
 
     def weight_bytes(self, role: str) -> int:
         """Bytes of a component's weights; 0 where workers have them."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint import describe_file, plan_tensors
 from ..components import check_decoding_packages, check_packages, load_tokenizer
 from ..decoding import Decoding
 from ..geometry import TRAINED_SCALE
@@ -148,14 +149,15 @@ class NavaPipeline(ClipDecoder):
         encoder and VAEs stay in this process.
 
         Raises, in a sentence, FileNotFoundError and WrongFileError for files that are not what they should be or a
-        missing tokenizer, RuntimeError for a missing package, ValueError for a device that is not there or an amount of
-        memory that makes no sense.
+        missing tokenizer, RuntimeError for a missing package, ValueError for a device that is not there, for an amount
+        of memory that makes no sense, or for fp8 of a backbone that is quantised already.
         """
         device = choose_device(device)
         encoder, vaes = (None if name is None else choose_device(name) for name in (encoder_device, vae_device))
         check_memory(memory, device, parallel)
         files.check(needed=[role for role in KINDS if role not in OPTIONAL])
         check_packages()
+        plan_tensors(describe_file(files.backbone), dtype)  # refuses, before any work, what the file cannot become
         if parallel is not None:
             parallel.check(files.backbone, device.type)
             if compile and parallel.weights == "sharded":

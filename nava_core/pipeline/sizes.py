@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..backbone import activation_bytes
+from ..backbone.formats import QuantisedLayer
+from ..backbone.quantized import RowFp8Layer
 from ..checkpoint import FileInfo, backbone_config, main_dtype, plan_tensors
 from ..components import audio_vae_part, memory_bytes, text_encoder_weights
 from ..components.video_vae import ENCODING_HALF
@@ -66,8 +70,10 @@ def _backbone_weights(info: FileInfo, dtype: torch.dtype | None) -> Weights:
 
 
 def _unpacked_bytes(info: FileInfo, dtype: torch.dtype | None) -> int:
-    """Bytes of the largest quantised weight in the type that it is multiplied in, at most two values a byte."""
-    sizes = [
-        t.nbytes * (2 if t.dtype.is_floating_point else 4) for t in plan_tensors(info, dtype) if t.dtype.itemsize == 1
-    ]
-    return max(sizes, default=0)
+    """The most that dequantising a weight for its product takes beside what is stored."""
+    layers = (tensor.layer for tensor in plan_tensors(info, dtype) if tensor.layer is not None)
+    return max((math.prod(layer.shape) * _work(layer) for layer in layers), default=0)
+
+
+def _work(layer: QuantisedLayer | RowFp8Layer) -> int:
+    return layer.format.work if isinstance(layer, QuantisedLayer) else torch.bfloat16.itemsize

@@ -11,6 +11,7 @@ import logging
 from functools import lru_cache
 
 import comfy.ldm.flux.math
+import comfy.ops
 import comfy.quant_ops
 import torch
 from torch import nn
@@ -29,7 +30,15 @@ def norm_and_modulate(norm, tokens, stretches):
     return (fused_norm if _fused(_norm_agrees, tokens) else modulated_norm)(norm, tokens, stretches)
 
 
-HOST_KERNELS = Kernels(rotate, norm_and_modulate)
+def norm_weights(norm, like):
+    """See nava_core.backbone.layers.Kernels."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(norm, like, offloadable=True)
+    made = tuple(None if part is None else part.clone() for part in (weight, bias))
+    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    return made
+
+
+HOST_KERNELS = Kernels(rotate, norm_and_modulate, norm_weights)
 
 
 def fused_rotation(x, table, heads):

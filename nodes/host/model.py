@@ -383,17 +383,25 @@ def _clean_values(shapes, denoise_mask):
 # ---------------------------------------------------------------- loading
 
 
-WEIGHT_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8": FP8, "fp8 fast": FP8}
+WEIGHT_DTYPES = {
+    "auto": None,
+    "auto fast": None,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp8": FP8,
+    "fp8 fast": FP8,
+}
 
 
 def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: bool = False):
     """A NAVA checkpoint as the host's model patcher (MODEL).
 
-    ``weight_dtype``: "auto" (the host's choice by its flags, the GPU and the file; an fp8 file stays fp8) or one of
-    ``WEIGHT_DTYPES``: "fp8" keeps the blocks' weights in fp8 and computes as if they were bf16, "fp8 fast" multiplies
-    on the GPU's fp8 units where it has them. Weights are converted tensor by tensor, or left mapped from the file
-    where the host moves them itself (dynamic VRAM). Raises WrongFileError, in a sentence, for a file that is something
-    else, damaged or incomplete, and RuntimeError where fp8 is asked for and the device or the host cannot keep it.
+    ``weight_dtype``: "auto" (the host's choice by its flags, the GPU and the file; quantised weights stay as they are)
+    or one of ``WEIGHT_DTYPES``: "fp8" keeps the blocks' weights in fp8 and computes as if they were bf16; "fp8 fast"
+    and "auto fast" also multiply on the GPU's units for the weights' own type where it has them. Weights are converted
+    tensor by tensor, or left mapped from the file where the host moves them itself (dynamic VRAM). Raises
+    WrongFileError, in a sentence, for a file that is something else, damaged or incomplete, ValueError where fp8 is
+    asked for of a file in another quantised format, and RuntimeError where the device or the host cannot keep what is.
     """
     info = describe_file(path)
     if not info.is_backbone:
@@ -405,11 +413,11 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     init = (load_backbone, (path, weight_dtype))
-    weight_dtype = _with_server_flags(weight_dtype, load_device)
-    stays_fp8 = _stays_fp8(info, weight_dtype, load_device)
-    if stays_fp8:
-        config.set_inference_dtype(torch.bfloat16, _fp8_compute_dtype(load_device))
-        config.custom_operations = _fp8_operations(weight_dtype, load_device)
+    weight_dtype = _with_server_flags(info, weight_dtype, load_device)
+    stays_quantised = _stays_quantised(info, weight_dtype, load_device)
+    if stays_quantised:
+        config.set_inference_dtype(torch.bfloat16, _quantised_compute_dtype(load_device))
+        config.custom_operations = _quantised_operations(info, weight_dtype, load_device)
     else:
         config.set_inference_dtype(*_choose_dtypes(info, WEIGHT_DTYPES[weight_dtype], load_device))
 
@@ -418,9 +426,9 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
-    if stays_fp8 or patcher.is_dynamic():
-        dtype = WEIGHT_DTYPES[weight_dtype] if stays_fp8 else model.diffusion_model.dtype
-        mapped = patcher.is_dynamic() and info.format == "safetensors" and _same_fp8_weights(info, dtype)
+    if stays_quantised or patcher.is_dynamic():
+        dtype = WEIGHT_DTYPES[weight_dtype] if stays_quantised else model.diffusion_model.dtype
+        mapped = patcher.is_dynamic() and info.format == "safetensors" and _same_quantised_weights(info, dtype)
         weights = _mapped_weights(info) if mapped else _read_weights(info, dtype, offload_device)
         model.load_model_weights(weights, "", assign=True)
     else:
@@ -431,9 +439,9 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
     return patcher
 
 
-def _with_server_flags(weight_dtype, load_device) -> str:
+def _with_server_flags(info, weight_dtype, load_device) -> str:
     """ "auto" where the server was started with a flag for the weights' type (``--fp8_e4m3fn-unet`` and its like)."""
-    if weight_dtype != "auto":
+    if weight_dtype != "auto" or info.layers:  # smaller weights are not rounded once more
         return weight_dtype
     dtype = comfy.model_management.unet_dtype(load_device, supported_dtypes=NavaConfig.supported_inference_dtypes)
     if dtype.itemsize == 1:  # only a flag gives such a type here
@@ -471,58 +479,77 @@ def _stream_weights(info, backbone) -> None:
 def _read_weights(info, dtype, device) -> dict:
     """The file's tensors in the type wanted (as ``stream_tensors`` takes it), to become the parameters themselves."""
     with open_checkpoint(info) as source:
-        return {name: tensor.to(device) for name, tensor in stream_tensors(source, dtype)}
+        weights = {name: tensor.to(device) for name, tensor in stream_tensors(source, dtype)}
+    return weights | (_marks(info) if dtype is None else {})
 
 
 def _mapped_weights(info) -> dict:
     weights = comfy.utils.load_torch_file(str(info.path))
-    return comfy.utils.state_dict_prefix_replace(weights, {info.prefix: ""}, filter_keys=True)
+    return comfy.utils.state_dict_prefix_replace(weights, {info.prefix: ""}, filter_keys=True) | _marks(info)
 
 
-# ---------------------------------------------------------------- fp8 weights
+def _marks(info) -> dict:
+    """What the host's Linear reads beside a quantised weight; a file can have it in its metadata instead."""
+    marks = {f"{name}.comfy_quant": layer.comfy_quant for name, layer in info.layers.items()}
+    return {name: torch.tensor(list(text), dtype=torch.uint8) for name, text in marks.items()}
 
 
-def _stays_fp8(info, weight_dtype, load_device) -> bool:
-    """Whether the model is to hold fp8 weights. "auto" gives way where that cannot be, an explicit choice raises."""
-    if WEIGHT_DTYPES[weight_dtype] not in (None, FP8) or not _fp8_names(info, WEIGHT_DTYPES[weight_dtype]):
+# ---------------------------------------------------------------- quantised weights
+
+
+def _stays_quantised(info, weight_dtype, load_device) -> bool:
+    """Whether the model is to hold quantised weights. "auto" gives way where that cannot be, an explicit choice
+    raises."""
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    if dtype not in (None, FP8) or not _quantised_names(info, dtype):
         return False
-    problem = _fp8_problem(load_device)
+    problem = _quantised_problem(info, load_device)
     if problem is None:
         return True
     if weight_dtype == "auto":
-        logging.warning("NAVA: %s; the fp8 file's weights are widened.", problem)
+        logging.warning("NAVA: %s; the file's quantised weights are widened to bf16.", problem)
         return False
     raise RuntimeError(f"{problem[0].upper()}{problem[1:]}. Set weight_dtype to bf16.")
 
 
-def _fp8_problem(load_device) -> str | None:
+def _quantised_problem(info, load_device) -> str | None:
     try:
-        from .quantized import storage_problem
+        from .quantized import host_problem, storage_problem
     except ImportError as error:
-        return f"this ComfyUI has no quantised tensors to keep fp8 weights in ({error}); update comfy-kitchen"
-    return storage_problem(load_device)
+        return f"this ComfyUI has no quantised tensors to keep such weights in ({error}); update comfy-kitchen"
+    formats = {layer.format.name: layer.format for layer in info.layers.values()}
+    found = [host_problem(format, load_device) for format in formats.values()] or [storage_problem(load_device)]
+    return next((problem for problem in found if problem), None)
 
 
-def _fp8_compute_dtype(load_device) -> torch.dtype:
-    """What fp8 weights are dequantised to: always named, so that the host counts memory for it."""
+def _quantised_compute_dtype(load_device) -> torch.dtype:
+    """What quantised weights are dequantised to: always named, so that the host counts memory for it."""
     supported = NavaConfig.supported_inference_dtypes
     return comfy.model_management.unet_manual_cast(None, load_device, supported)
 
 
-def _fp8_operations(weight_dtype, load_device):
-    from .quantized import matmul_problem, row_fp8_operations
+def _quantised_operations(info, weight_dtype, load_device):
+    from .quantized import matmul_problem, multiplies, quantised_operations
 
-    problem = matmul_problem(load_device) if weight_dtype == "fp8 fast" else None
+    fast = weight_dtype in ("fp8 fast", "auto fast")
+    if fast and info.layers:
+        slow = {x.format.name for x in info.layers.values() if not multiplies(x.format.algorithm, load_device, True)}
+        problem = f"{load_device} has no units for {' and '.join(sorted(slow))}" if slow else None
+    else:
+        problem = matmul_problem(load_device) if fast else None
     if problem:
-        logging.warning("NAVA: %s; fp8 weights are dequantised instead, as with weight_dtype fp8.", problem)
-    return row_fp8_operations(torch.bfloat16, matmul=weight_dtype == "fp8 fast" and problem is None)
+        logging.warning("NAVA: %s; weights are dequantised instead, as without fast.", problem)
+    return quantised_operations(torch.bfloat16, load_device, fast=fast)
 
 
-def _fp8_names(info, dtype) -> set:
-    """Weights that are fp8 when the file is read as ``dtype``."""
-    return {tensor.name for tensor in plan_tensors(info, dtype) if tensor.dtype is FP8}
+def _quantised_names(info, dtype) -> set:
+    """Weights that are quantised when the file is read as ``dtype``."""
+    return {tensor.name for tensor in plan_tensors(info, dtype) if tensor.layer is not None}
 
 
-def _same_fp8_weights(info, dtype) -> bool:
+def _same_quantised_weights(info, dtype) -> bool:
     """Whether the file can be mapped as it is: nothing to quantise or dequantise on the way in."""
-    return _fp8_names(info, dtype) == {name for name, tensor in info.model_tensors.items() if tensor.torch_dtype is FP8}
+    own = {name for name, tensor in info.model_tensors.items() if tensor.torch_dtype is FP8}
+    packed = {f"{name}.weight" for name in info.layers}
+    scales = {name for name in own if name.rpartition(".")[0] in info.layers}
+    return _quantised_names(info, dtype) == (own - scales) | packed

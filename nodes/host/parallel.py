@@ -19,6 +19,7 @@ from torch import nn
 
 from ...nava_core.backbone import BackboneConfig
 from ...nava_core.backbone.quantized import FP8
+from ...nava_core.checkpoint import describe_file
 from ...nava_core.parallel import Parallel
 from .model import CROSS_MODAL, HostBackbone, NavaModel
 
@@ -96,11 +97,12 @@ def over_workers(patcher, workers: int, layout: str, weights: str):
     parallel = Parallel(workers, layout, weights)
     parallel.check(path, device)
 
-    keeps_fp8 = source.model_config.custom_operations is not None
-    if weight_dtype == "fp8 fast":
-        logging.warning("NAVA Parallel: workers dequantise fp8 weights, as with weight_dtype fp8.")
+    if weight_dtype in ("fp8 fast", "auto fast"):
+        logging.warning("NAVA Parallel: workers multiply as without fast.")
     compute_dtype = source.get_dtype_inference()
-    dtype = FP8 if keeps_fp8 else compute_dtype
+    dtype = compute_dtype
+    if source.model_config.custom_operations is not None:
+        dtype = None if describe_file(path).layers else FP8
     model = DistantModel(source.model_config)
     model.diffusion_model.dtype = compute_dtype
     distant = comfy.model_patcher.ModelPatcher(model, patcher.load_device, patcher.offload_device)

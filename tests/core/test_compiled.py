@@ -1,13 +1,22 @@
 """Blocks under torch.compile: the same numbers, one graph for each kind of block whatever the clip."""
 
 import shutil
+import sys
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from nava_core import BackboneConfig, NavaBackbone
+from nava_core import BackboneConfig, NavaBackbone, backbone, load_backbone
+from nava_core.backbone import CompiledBlocks
+from nava_core.backbone import compiled as compiled_module
+from nava_core.backbone.formats import MADE_HERE, PROTECTING, format_problem
+from nava_core.convert import convert
 from nava_core.parallel.worker import Worker
 
 CONFIG = BackboneConfig(
@@ -88,25 +97,89 @@ def test_clips_of_one_modality_and_of_more_samples_are_cases_of_their_own(networ
     assert not counters["graph_break"]
 
 
+def test_several_models_at_once_stay_compiled():
+    """PyTorch's own limit for a function is 8 graphs; above it, it would run uncompiled."""
+    counter = CompileCounter()
+    blocks = CompiledBlocks(backend=counter)  # as the server's, of all MODELs that were compiled alike
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for number in range(3):
+            sizes = {"num_double_layers": 1, "num_single_layers": 1, "eps": 1e-6 * (1 + number)}
+            config = BackboneConfig(**{**CONFIG.__dict__, **sizes})
+            compiled, plain = (NavaBackbone(config).init_weights(3).requires_grad_(False) for _ in range(2))
+            compiled.compiled = blocks
+            for only in ({}, {"video": None}, {"audio": None}):
+                check_equal(compiled, plain, {**a_pass(), **only})
+    assert counter.frame_count == 3 * 2 * 3
+    assert not counters["graph_break"]
+
+
 def _only(arguments):
     return {name: value for name, value in arguments.items() if name != "batch"}
 
 
-def test_fp8_weights_are_in_the_graph_too(tmp_path):
-    from safetensors.torch import save_file
-
-    from nava_core import load_backbone
-
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """Makes the network's file in a format; beside 4 and 6 bits, every block has another layer protected."""
+    folder = tmp_path_factory.mktemp("quantised")
     weights = NavaBackbone(CONFIG).init_weights(3).state_dict()
-    save_file({f"backbone.{name}": tensor for name, tensor in weights.items()}, tmp_path / "b.safetensors")
-    counter = CompileCounter()
-    traced, plain = (load_backbone(tmp_path / "b.safetensors", dtype=torch.float8_e4m3fn) for _ in range(2))
-    traced.compile_blocks(backend=counter)
-    arguments = a_pass()
-    as_bf16 = {name: arguments[name].bfloat16() for name in ("video", "audio", "context")}
-    check_equal(traced, plain, {**arguments, **as_bf16})
-    assert counter.frame_count == 2
+    save_file({f"backbone.{name}": tensor for name, tensor in weights.items()}, folder / "plain.safetensors")
+    layers = ("double_blocks.1.self_attn.q_audio", "single_blocks.0.self_attn.o", "single_blocks.2.cross_attn.k")
+
+    def make(dtype):
+        protected = layers if dtype in PROTECTING else ()
+        path = folder / f"{dtype}.safetensors"
+        return convert(folder / "plain.safetensors", path, dtype=dtype, protected=protected, overwrite=True).path
+
+    return make
+
+
+def in_bf16(arguments):
+    floats = ("video", "audio", "context")
+    return {name: each.bfloat16() if name in floats and each is not None else each for name, each in arguments.items()}
+
+
+@pytest.mark.parametrize("dtype", ["fp8", *MADE_HERE])
+def test_quantised_weights_stay_out_of_the_two_graphs(quantised, dtype):
+    """No compiler has to know their types, and blocks whose layers differ in format share a graph."""
+    if dtype in MADE_HERE and format_problem(dtype):
+        pytest.skip(format_problem(dtype))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    traced, plain = (load_backbone(quantised(dtype)) for _ in range(2))
+    traced.compile_blocks(backend=backend)
+    for arguments in (a_pass(), a_pass(5, 6, 4, 20, clean=(0,)), a_pass(4, 4, 4, 7, cross_modal=False)):
+        check_equal(traced, plain, in_bf16(arguments))
     assert not counters["graph_break"]
+    assert len(graphs) == 2
+    for graph, linears in zip(graphs, (8 + 8, 4 + 4), strict=True):  # the feed-forward is an operator as a whole
+        nodes = graph.graph.nodes
+        values = [node.meta["example_value"] for node in nodes if node.op == "placeholder"]
+        types = {value.dtype for value in values if torch.is_tensor(value)}
+        assert types <= {torch.bfloat16, torch.float32, torch.int64}
+        assert sum("backbone.linear" in str(node.target) for node in nodes) == linears
+    batches = [in_bf16(a_pass(batch=2)), in_bf16({**a_pass(), "video": None})]
+    for arguments in batches:
+        check_equal(traced, plain, arguments)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
+def test_quantised_weights_really_compiled(quantised):
+    compiled, plain = (load_backbone(quantised("fp8")) for _ in range(2))
+    compiled.compile_blocks()
+    with torch.no_grad():
+        for got, wanted in zip(compiled(**in_bf16(a_pass())), plain(**in_bf16(a_pass())), strict=True):
+            assert (got - wanted).norm() < 0.03 * wanted.norm()  # bf16, in another order
+
+
+def test_compiled_as_a_whole_by_others_quantised_layers_are_as_they_are(quantised):
+    plain = load_backbone(quantised("fp8"))
+    compiled = torch.compile(load_backbone(quantised("fp8")), backend="eager")
+    check_equal(compiled, plain, in_bf16(a_pass()))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
@@ -119,6 +192,54 @@ def test_really_compiled_it_is_equal_within_rounding():
             for got, wanted in zip(compiled(**arguments), plain(**arguments), strict=True):
                 torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def another_copy(monkeypatch):
+    """The package imported once more, in a process that has it, as by a node pack and by an installed one."""
+    folder = Path(backbone.__file__).parents[1]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nava_again"]:
+        monkeypatch.delitem(sys.modules, name)
+    spec = spec_from_file_location("nava_again", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    monkeypatch.setitem(sys.modules, "nava_again", module_from_spec(spec))
+    made = import_module("nava_again.backbone")
+    for name in [name for name in sys.modules if name.startswith("nava_again.")]:
+        monkeypatch.setitem(sys.modules, name, sys.modules[name])
+    return made
+
+
+def test_copies_of_the_package_leave_each_others_operators(networks, monkeypatch):
+    """Compiled before the others came, after, and in turns; two of them under one name."""
+    traced, plain, _ = networks
+    check_equal(traced, plain, a_pass())
+    compiled = [traced]
+    for _ in range(2):
+        again = another_copy(monkeypatch)
+        assert again.NavaBackbone is not NavaBackbone
+        other = again.NavaBackbone(again.BackboneConfig(**CONFIG.__dict__)).init_weights(3).requires_grad_(False)
+        compiled.append(other.compile_blocks(backend="eager"))
+    for each in (*reversed(compiled), *compiled):
+        check_equal(each, plain, a_pass(cross_modal=False))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "cudagraphs"},
+        {"mode": "reduce-overhead"},
+        {"mode": "max-autotune"},
+        {"options": {"triton.cudagraphs": True}},
+    ],
+)
+def test_cuda_graphs_are_refused(networks, options):
+    """They would repeat what an operator did in the block that they were recorded in."""
+    with pytest.raises(ValueError, match="cannot be compiled into CUDA graphs") as refused:
+        networks[1].compile_blocks(**options)
+    assert str(next(iter(options.values()))) in str(refused.value) or "triton.cudagraphs" in str(refused.value)
+    assert networks[1].compiled is None
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    operators = getattr(torch.ops, compiled_module.NAMESPACE)
+    for name in ("self_attention", "attention", "linear", "norm_weights", "feed_forward"):
+        assert tag is None or tag in getattr(operators, name).default.tags
 
 
 def test_where_nothing_can_be_compiled_a_sentence_says_so():

@@ -105,7 +105,7 @@ def test_progress_ends_at_the_size_of_the_file(tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="choose one of fp8, bf16, fp16, fp32"):
+    with pytest.raises(ValueError, match="choose one of fp8, int8, mxfp8, nvfp4, w4a8, w6a8, bf16, fp16, fp32"):
         convert(TINY, tmp_path / "a.safetensors", dtype="int4")
     with pytest.raises(FileNotFoundError, match="There is no file"):
         convert(tmp_path / "none", tmp_path / "a.safetensors")

@@ -18,7 +18,10 @@ from benchmarks.live_memory import LiveMemory
 from nava_core import sampling  # noqa: F401 - its denoise module is looked up below
 from nava_core.backbone import BackboneConfig, NavaBackbone, activation_bytes
 from nava_core.backbone.blocks import FusionBlock
-from nava_core.checkpoint import assign_tensor, describe_file
+from nava_core.backbone.formats import MADE_HERE, PROTECTING, format_problem
+from nava_core.backbone.quant_linear import QuantLinear
+from nava_core.backbone.quantized import Fp8Linear
+from nava_core.checkpoint import assign_tensor, describe_file, load_backbone
 from nava_core.checkpoint.source import SafetensorsSource
 from nava_core.components import AudioVAE, TextEncoder, VideoVAE, encode_bytes
 from nava_core.components.text_encoder import _network, _tie
@@ -41,6 +44,7 @@ spec.loader.exec_module(played)
 CONFIG = BackboneConfig(
     dim=128, ffn_dim=512, freq_dim=32, text_dim=64, num_heads=2, num_double_layers=3, num_single_layers=6
 )
+SMALLER = [dtype for dtype in MADE_HERE if format_problem(dtype) is None]
 MB = 10**6
 SLACK = 2_600_000  # what is not counted is more, beside what is, than at the released size
 LAYERS = 6  # of the text encoder
@@ -67,12 +71,16 @@ def models(tmp_path_factory):
     state = NavaBackbone(CONFIG, dtype=torch.bfloat16).init_weights().state_dict()
     save_file(state, folder / "wide.safetensors", {"config": json.dumps(asdict(CONFIG))})
     convert(folder / "wide.safetensors", folder / "wide_fp8.safetensors")
+    for dtype in SMALLER:
+        protected = ["double_blocks.1.self_attn.q"] if dtype in PROTECTING else []
+        convert(folder / "wide.safetensors", folder / f"wide_{dtype}.safetensors", dtype=dtype, protected=protected)
     encoder = load_file(models["text_encoder"])
     second = {name: tensor for name, tensor in encoder.items() if name.startswith("encoder.block.1.")}
     for number in range(2, LAYERS):
         encoder |= {name.replace(".1.", f".{number}.", 1): tensor.clone() for name, tensor in second.items()}
     save_file(encoder, folder / "deep.safetensors")
     own = {"text_encoder": "deep", "backbone": "wide", "fp8": "wide_fp8"}
+    own |= {dtype: f"wide_{dtype}" for dtype in SMALLER}
     return {**models, **{role: folder / f"{name}.safetensors" for role, name in own.items()}}
 
 
@@ -176,9 +184,13 @@ def test_a_budget_is_kept_and_the_clip_is_the_same(files, gpu, kind):
 
 
 @pytest.mark.usefixtures("_latents_only")
-@pytest.mark.parametrize("size", [(64, 32, 0.5), (128, 96, 1), (160, 160, 2)])
-def test_a_budget_is_kept_for_clips_of_several_sizes_and_fp8_weights(models, gpu, size):
-    files = ModelFiles(models["fp8"], *(models[role] for role in ("text_encoder", "video_vae", "audio_vae")))
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [*(("fp8", size) for size in ((64, 32, 0.5), (128, 96, 1), (160, 160, 2))), *((n, (128, 96, 1)) for n in SMALLER)],
+)
+def test_a_budget_is_kept_for_clips_of_several_sizes_and_quantised_weights(models, gpu, dtype, size):
+    """And the clip is that of resident weights, to the last bit."""
+    files = ModelFiles(models[dtype], *(models[role] for role in ("text_encoder", "video_vae", "audio_vae")))
     settings = {**SHORT, **dict(zip(("width", "height", "seconds"), size, strict=True))}
     expected = both_ways(files, PROMPT, **settings)
     for budget in (budget_for(files, resident, **settings) for resident in (4, 0)):
@@ -198,6 +210,35 @@ def test_a_whole_clip_within_a_budget_with_all_that_is_decoded(files, gpu):
     assert gpu.peak <= budget
     assert torch.equal(clip.frames, whole.frames)
     assert torch.equal(clip.waveform, whole.waveform)
+
+
+@pytest.mark.parametrize("dtype", SMALLER)
+def test_the_plan_counts_quantised_weights_as_they_are(models, dtype):
+    info = describe_file(models[dtype])
+    model = load_backbone(info)
+    blocks = tuple(
+        sum(parameter.nbytes for parameter in block.parameters())
+        for block in (*model.double_blocks, *model.single_blocks)
+    )
+    weights = sizes.component_weights("backbone", info, None)
+    assert weights.blocks == blocks
+    assert weights.total == sum(parameter.nbytes for parameter in model.parameters())
+    assert sum(blocks) < 0.6 * sum(sizes.component_weights("backbone", info, torch.bfloat16).blocks)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", *SMALLER])
+def test_a_plan_has_what_dequantising_a_weight_takes(models, dtype):
+    """By comfy_kitchen's reference code, beside a product's inputs."""
+    info = describe_file(models[dtype])
+    most = 0
+    for layer in load_backbone(info).modules():
+        if isinstance(layer, QuantLinear | Fp8Linear) and layer.in_features * layer.out_features == 128 * 512:
+            with LiveMemory() as taken, torch.no_grad():
+                x = torch.zeros(1, layer.in_features, dtype=torch.bfloat16)
+                taken.ignore(*layer.parameters())
+                layer(x)
+            most = max(most, taken.peak)
+    assert 0.9 * most < sizes._unpacked_bytes(info, None) < 1.1 * most
 
 
 @pytest.mark.usefixtures("_latents_only")

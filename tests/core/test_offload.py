@@ -18,12 +18,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch._dynamo.utils import counters
 
 from benchmarks.backbone import case_inputs, clip_of
 from nava_core.backbone import BackboneConfig, NavaBackbone
+from nava_core.backbone.formats import MADE_HERE, PROTECTING, format_problem
 from nava_core.backbone.quantized import Fp8Linear
 from nava_core.checkpoint import describe_file, estimate_memory, load_backbone, open_checkpoint
 from nava_core.components import load_text_encoder
+from nava_core.convert import convert
 from nava_core.demo import make_small_models
 from nava_core.offload import (
     Demand,
@@ -241,6 +244,34 @@ def test_streamed_equals_resident_bit_for_bit(gpu, kind):
         ):  # the first pass is another than later ones, where blocks come ahead of their turn
             assert same(run(model, case, "cuda", dtype), resident[case]), (share, case)
         stream.close()
+
+
+@pytest.mark.parametrize(("dtype", "compiled"), [*((dtype, False) for dtype in MADE_HERE), ("nvfp4", True)])
+def test_streamed_equals_resident_bit_for_bit_with_quantised_weights(gpu, tmp_path, dtype, compiled):
+    """Mapped from their file, of two formats where some are protected, their blocks compiled or not."""
+    if format_problem(dtype):
+        pytest.skip(format_problem(dtype))
+    save_file({f"backbone.{name}": weight for name, weight in backbone().state_dict().items()}, tmp_path / "plain")
+    protected = ["double_blocks.1.self_attn.q", "single_blocks.0.ffn.2"] if dtype in PROTECTING else []
+    file = convert(tmp_path / "plain", tmp_path / "small.safetensors", dtype=dtype, protected=protected).path
+    model = load_backbone(file)
+    cases = ("one timestep", "first frame clean", "interaction off", "audio only")
+    if compiled:
+        counters.clear()
+        model.compile_blocks(backend="eager")
+    resident = {case: run(model, case, dtype=torch.bfloat16) for case in cases}
+    names = [*(f"double_blocks.{n}." for n in range(3)), *(f"single_blocks.{n}." for n in range(6))]
+    for streamed in (range(9), spread(9, 4)):
+        model = load_backbone(file, in_ram=[names[index] for index in streamed], mapped=True, device="cuda")
+        if compiled:
+            model.compile_blocks(backend="eager")
+        stored = {name: (type(p), p.dtype) for name, p in model.named_parameters()}
+        stream = Streaming(model, [*model.double_blocks, *model.single_blocks], streamed, CUDA)
+        for case in (*cases, *cases):
+            assert same(run(model, case, "cuda", torch.bfloat16), resident[case]), (streamed, case)
+        stream.close()
+        assert {name: (type(p), p.dtype) for name, p in model.named_parameters()} == stored
+    assert not counters["graph_break"]
 
 
 def test_a_pass_takes_the_streamed_bytes_and_holds_two_blocks(gpu):

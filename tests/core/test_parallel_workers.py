@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nava_core import BackboneConfig, NavaBackbone, load_backbone
+from nava_core.backbone.quant_linear import QuantLinear
 from nava_core.backbone.quantized import FP8
+from nava_core.convert import convert
 from nava_core.parallel import workers as module
 from nava_core.parallel.cluster import ClusterError, connected
 from nava_core.parallel.layout import Layout, choose_layout, layout_problem, step_seconds
@@ -217,6 +220,48 @@ def test_fp8_weights_are_sent_and_their_changes_rounded_as_on_one_process(ray, p
         assert torch.equal(pair[1], wanted[1])
     assert not torch.equal(got[0][1], on_one(path, passes, FP8)[0][1])
     backbone.close()
+
+
+@pytest.mark.parametrize("weights", ["replicated", "sharded"])
+@pytest.mark.parametrize("kind", ["nvfp4", "w4a8", "mxfp8 as ComfyUI saves it"])
+def test_quantised_weights_are_sent_and_their_changes_rounded_as_on_one_process(
+    ray, path, tmp_path, monkeypatch, kind, weights
+):
+    """Packed values, scales of types of their own, one without dimensions, two formats in a file."""
+    pytest.importorskip("comfy_kitchen", reason="the formats need comfy-kitchen (extra [quantized])")
+    monkeypatch.setattr(module, "file_digest", lambda path: "of another file")
+    dtype, powers = kind.split()[0], len(kind.split()) > 1
+    protected = [] if powers else [CHANGED[0].removesuffix(".weight"), "single_blocks.0.ffn.2"]
+    file = convert(path, tmp_path / "small.safetensors", dtype=dtype, protected=protected).path
+    if powers:
+        file = with_powers_of_two(file, tmp_path / "saved.safetensors")
+    passes = [{k: v.bfloat16() if k in ("video", "audio", "context", "timbre") else v for k, v in each.items()}
+              for each in some_passes()]  # fmt: skip
+    layout = Layout(2, 1) if weights == "replicated" else Layout(1, 2)
+    backbone = ParallelBackbone(file, workers=2, layout=layout, weights=weights, changes=changes)
+    got = backbone.run_together(passes)
+    kinds = {m.layer.format.name for m in load_backbone(file).modules() if isinstance(m, QuantLinear)}
+    assert len(kinds) == (1 if powers else 2)
+    wanted, without = (on_one(file, passes, changes=each) for each in (changes().enter_result, None))
+    for pair, right, wrong in zip(got, wanted, without, strict=True):
+        for part, x, y in zip(pair, right, wrong, strict=True):
+            if weights == "replicated":
+                assert torch.equal(part, x)
+            assert (part - x).norm() < 0.3 * (part - y).norm()  # bf16, summed in another order
+    backbone.close()
+
+
+def with_powers_of_two(file, path):
+    """mxfp8 with scales in the type that ComfyUI saves them in."""
+    if not hasattr(torch, "float8_e8m0fnu"):
+        pytest.skip("this PyTorch has no such type")
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata()
+    for name in [name for name in tensors if name.endswith(".weight_scale")]:
+        tensors[name] = tensors[name].view(torch.float8_e8m0fnu)
+    save_file(tensors, path, metadata)
+    return path
 
 
 # ---------------------------------------------------------------- processes

@@ -70,7 +70,9 @@ def files(small_models, tmp_path_factory):
     with host_model.open_checkpoint(small_models["backbone"]) as source:
         save_file(weights, folder / "plain.safetensors", metadata=source.info.metadata)
     convert(folder / "plain.safetensors", folder / "fp8.safetensors")
-    return types.SimpleNamespace(plain=str(folder / "plain.safetensors"), fp8=str(folder / "fp8.safetensors"))
+    convert(folder / "plain.safetensors", folder / "nvfp4.safetensors", dtype="nvfp4", protected=[LAYER])
+    names = ("plain", "fp8", "nvfp4")
+    return types.SimpleNamespace(**{name: str(folder / f"{name}.safetensors") for name in names})
 
 
 @pytest.fixture
@@ -223,7 +225,7 @@ def test_one_modality(patcher, seen, mode):
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("kind", ["plain", "fp8"])
+@pytest.mark.parametrize("kind", ["plain", "fp8", "nvfp4"])
 def test_a_lora_reaches_every_device(files, seen, kind, order):
     patcher = host_model.load_backbone(getattr(files, kind))
     file, without = lora(patcher), run(patcher)
@@ -236,8 +238,9 @@ def test_a_lora_reaches_every_device(files, seen, kind, order):
     assert_close(run(patcher), without)  # and leaves with its MODEL
 
 
-def test_fp8_rows_are_fp8_rows_on_every_device(files, seen):
-    patcher = host_model.load_backbone(files.fp8)
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_quantised_weights_are_quantised_on_every_device(files, seen, kind):
+    patcher = host_model.load_backbone(getattr(files, kind))
     alone = run(patcher)
     seen.clear()
     assert_close(run(spread(patcher, 2)), alone)

@@ -23,6 +23,7 @@ sampling = pack_module("nava_core.sampling")
 checkpoint = pack_module("nava_core.checkpoint")
 cluster = pack_module("nava_core.parallel.cluster")
 geometry = pack_module("nava_core.geometry")
+convert = pack_module("nava_core.convert").convert
 
 STEPS, SEED = 3, 11
 
@@ -200,6 +201,24 @@ def test_loras_on_fp8_weights_are_those_of_one_process(path, positive):
     expected = run(changed, positive)
     assert_equal(got, expected)
     assert max((a - b).abs().max() for a, b in zip(run(patcher, positive), expected, strict=True)) > 1e-4
+
+
+def test_quantised_weights_with_a_lora(path, positive, tmp_path):
+    """Read by the workers as they are, the LoRA rounded there as the host rounds it."""
+    file = convert(path, tmp_path / "nvfp4.safetensors", dtype="nvfp4", protected=["single_blocks.1.ffn.2"]).path
+    patcher = host_model.load_backbone(str(file))
+    generator = torch.Generator().manual_seed(8)
+    name = "diffusion_model.double_blocks.0.self_attn.q"
+    lora = {f"{name}.lora_A.weight": torch.randn(4, 64, generator=generator)}
+    lora[f"{name}.lora_B.weight"] = torch.randn(64, 4, generator=generator)
+    changed, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 0.8, 0)
+    distant = host_parallel.over_workers(changed, 2, "2x1", "replicated")
+    got = run(distant, positive)
+    assert workers_of(distant).dtype is torch.bfloat16
+    comfy.model_management.load_models_gpu([changed], force_full_load=True)
+    wanted = run(changed, positive)
+    for a, b, without in zip(got, wanted, run(patcher, positive), strict=True):
+        assert (a - b).norm() < 0.25 * (b - without).norm()  # the workers compute in bf16, the host's CPU in fp32
     workers_of(distant).close()
 
 
