@@ -1,8 +1,8 @@
-"""Memory of sampling and decoding at the released size, and on a GPU time: README's memory tables come from here.
+"""Memory of sampling and decoding at the released size, and on a GPU time: README's tables come from here.
 
 python -m benchmarks.memory                  no GPU: live tensors are counted, nothing is computed; about five minutes
 python -m benchmarks.memory --device cuda    measured with random weights; about half an hour on an H100, 13 GB of RAM
-python -m benchmarks.memory --readme         README's tables anew from the figures that are there, nothing is run
+python -m benchmarks.memory --readme         the tables anew from the figures that are there; nothing is run
 
 Sampling: every kind of weights, with 100, 50, 25 and 0 % of the blocks resident and the others streamed from RAM.
 Decoding: every form. The figures go to ``benchmarks/results/memory.json``, or to ``--json``.
@@ -27,7 +27,8 @@ from nava_core.geometry import ClipGeometry
 from nava_core.offload import Weights, spread
 
 ROOT = Path(__file__).parents[1]
-RESULTS, README = ROOT / "benchmarks" / "results" / "memory.json", ROOT / "README.md"
+README, FIGURES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 WEIGHTS = ("bf16", "int8", "fp8", "mxfp8", "w6a8", "w4a8", "nvfp4")
 FEW_BITS = ("w6a8", "w4a8", "nvfp4")
 SMALL = (640, 352, 37)  # width, height, latent frames: the smaller class of sizes, 6 s as the large one
@@ -214,7 +215,7 @@ def sampling_table(report: dict) -> str:
     lines = [
         f"GB on the GPU while sampling, weights included. {source(report)}",
         "",
-        "| Weights | Size | all blocks resident | 50 % | 25 % | none |",
+        "| Weights | Clip | all blocks resident | 50 % | 25 % | none |",
         "|---|---|---|---|---|---|",
     ]
     lines += [_sampling_row(entry) for entry in report["sampling"]]
@@ -259,19 +260,18 @@ def targets_table(report: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"sampling memory": sampling_table, "decoding memory": decoding_table}
+TABLES = {README: ("sampling memory", sampling_table), FIGURES: ("decoding memory", decoding_table)}
 
 
-def readme_with_tables(text: str, report: dict) -> str:
-    """README's text with each table that stands between its marks made anew. Raises ValueError where a mark is gone."""
-    for name, table in TABLES.items():
-        marks = [f"<!-- {name}: python -m benchmarks.memory -->", f"<!-- end of {name} -->"]
-        if any(text.count(mark) != 1 for mark in marks):
-            raise ValueError(f"README has no place for {name}: it needs the lines {marks[0]} and {marks[1]}.")
-        before, rest = text.split(f"{marks[0]}\n")
-        after = rest.split(f"\n{marks[1]}")[1]
-        text = f"{before}{marks[0]}\n{table(report)}\n{marks[1]}{after}"
-    return text
+def with_table(page: Path, report: dict) -> str:
+    """The text of a page of :data:`TABLES` with the table between its marks made anew. Raises ValueError where a mark
+    is gone."""
+    text, (name, table) = page.read_text(), TABLES[page]
+    marks = [f"<!-- {name}: python -m benchmarks.memory --readme -->", f"<!-- end of {name} -->"]
+    if any(text.count(mark) != 1 for mark in marks):
+        raise ValueError(f"{page.name} has no place for {name}: it needs the lines {marks[0]} and {marks[1]}.")
+    before, rest = text.split(f"{marks[0]}\n")
+    return f"{before}{marks[0]}\n{table(report)}\n{marks[1]}{rest.split(marks[1])[1]}"
 
 
 # ---------------------------------------------------------------- the command
@@ -282,7 +282,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("none", "cuda"), default="none", help="none (the default) counts")
     parser.add_argument("--weights", choices=WEIGHTS, nargs="+", default=WEIGHTS, help="what is measured")
     parser.add_argument("--json", type=Path, default=RESULTS, help="file of the figures (default %(default)s)")
-    parser.add_argument("--readme", action="store_true", help="write README's tables from the file of figures")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the tables of both README.md, alone from the file of figures"
+    )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch sees no CUDA device.")
@@ -294,7 +296,8 @@ def main(arguments: list[str] | None = None) -> None:
         report = measure(tuple(options.weights)) if options.device == "cuda" else count()
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.readme:
-        README.write_text(readme_with_tables(README.read_text(), report))
+        for page in TABLES:
+            page.write_text(with_table(page, report))
     print(f"{sampling_table(report)}\n\n{decoding_table(report)}\n\n{targets_table(report)}")
 
 

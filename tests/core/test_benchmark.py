@@ -274,9 +274,9 @@ def test_counted_decoding_is_what_a_run_on_the_cpu_holds():
     assert counted[-1]["tile"] == 128
 
 
-def test_the_readme_shows_the_figures_of_the_file():
-    text = memory.README.read_text()
-    assert memory.readme_with_tables(text, json.loads(memory.RESULTS.read_text())) == text
+@pytest.mark.parametrize("page", memory.TABLES, ids=lambda page: str(page.relative_to(memory.ROOT)))
+def test_a_page_shows_the_figures_of_the_file(page):
+    assert memory.with_table(page, json.loads(memory.RESULTS.read_text())) == page.read_text()
 
 
 def test_the_figures_of_the_file_are_those_of_this_code():
@@ -300,6 +300,9 @@ def test_targets_are_judged_by_the_figures_and_left_open_where_there_are_none():
     assert memory.with_targets(report)["targets"][0]["met"] is True
 
 
-def test_a_readme_without_a_place_for_the_tables_is_refused():
+def test_a_page_without_a_place_for_its_table_is_refused(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("# A page")
+    monkeypatch.setitem(memory.TABLES, page, memory.TABLES[memory.README])
     with pytest.raises(ValueError, match="no place for sampling memory"):
-        memory.readme_with_tables("# A readme", {})
+        memory.with_table(page, {})
