@@ -419,7 +419,7 @@ class Owns(Tells):
         super().__init__()
         self.workers = None
 
-    def __call__(self, prompt, **request):
+    def denoise(self, prompt, **request):
         from nava_core.parallel.workers import Workers
 
         if self.workers is None:
@@ -427,7 +427,7 @@ class Owns(Tells):
             if prompt.startswith("DIE"):
                 with Path(prompt.split()[1] + ".workers").open("a") as file:
                     file.write(" ".join(str(about["pid"]) for about in self.workers.about) + "\n")
-        return super().__call__(prompt, **request)
+        return super().denoise(prompt, **request)
 
 
 def test_groups_that_do_not_fit(tmp_path, ray_here):

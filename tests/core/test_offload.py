@@ -618,7 +618,7 @@ def test_there_are_never_two_copies_of_the_weights_in_ram(stored):
     assert weights > 60e6
     assert weights < read[0] < weights + 1.5 * largest + 8e6
     assert mapped[0] < 8e6  # pages of the file are the system's
-    assert of_blocks - 1e6 < locked[0] < of_blocks + 8e6  # locked ones are the only ones
+    assert 0.8 * of_blocks < locked[0] < of_blocks + 8e6  # locked ones are the only ones
     # The file's fp32 tensor is there beside the weights while one is converted; a block while one is moved.
     assert weights < converted[0] < weights + 3 * largest + 8e6
     assert converted_locked[0] < weights + max(3 * largest, block) + 8e6
