@@ -25,6 +25,7 @@ from nava_core.backbone import BackboneConfig, NavaBackbone
 from nava_core.backbone.formats import MADE_HERE, PROTECTING, format_problem
 from nava_core.backbone.quantized import Fp8Linear
 from nava_core.checkpoint import describe_file, estimate_memory, load_backbone, open_checkpoint
+from nava_core.checkpoint.source import SafetensorsSource
 from nava_core.components import load_text_encoder
 from nava_core.convert import convert
 from nava_core.demo import make_small_models
@@ -247,7 +248,7 @@ def test_streamed_equals_resident_bit_for_bit(gpu, kind):
 
 
 @pytest.mark.parametrize(("dtype", "compiled"), [*((dtype, False) for dtype in MADE_HERE), ("nvfp4", True)])
-def test_streamed_equals_resident_bit_for_bit_with_quantised_weights(gpu, tmp_path, dtype, compiled):
+def test_streamed_equals_resident_bit_for_bit_with_quantised_weights(gpu, tmp_path, monkeypatch, dtype, compiled):
     """Mapped from their file, of two formats where some are protected, their blocks compiled or not."""
     if format_problem(dtype):
         pytest.skip(format_problem(dtype))
@@ -261,8 +262,14 @@ def test_streamed_equals_resident_bit_for_bit_with_quantised_weights(gpu, tmp_pa
         model.compile_blocks(backend="eager")
     resident = {case: run(model, case, dtype=torch.bfloat16) for case in cases}
     names = [*(f"double_blocks.{n}." for n in range(3)), *(f"single_blocks.{n}." for n in range(6))]
+    copied, read = [], SafetensorsSource.read
+    monkeypatch.setattr(SafetensorsSource, "read", lambda self, name: copied.append(name) or read(self, name))
     for streamed in (range(9), spread(9, 4)):
-        model = load_backbone(file, in_ram=[names[index] for index in streamed], mapped=True, device="cuda")
+        in_ram = tuple(names[index] for index in streamed)
+        model = load_backbone(file, in_ram=in_ram, mapped=True, device="cuda")
+        assert copied
+        assert not [name for name in copied if name.startswith(in_ram)]
+        copied.clear()
         if compiled:
             model.compile_blocks(backend="eager")
         stored = {name: (type(p), p.dtype) for name, p in model.named_parameters()}
