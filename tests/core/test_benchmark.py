@@ -261,6 +261,19 @@ def test_every_kind_of_weights_is_counted_smaller_than_bf16(weights):
     assert counted["weight_bytes"] < 0.75 * plain["weight_bytes"]
 
 
+def test_measured_sampling_has_the_time_of_every_share():
+    pytest.importorskip("accelerate")
+    pytest.importorskip("comfy_kitchen")
+    entry = memory.measure_sampling(streaming.SMALL, ClipGeometry(0.5, 64, 64), "int8", "cpu")
+    assert [case["resident"] for case in entry["cases"]] == [1.0, 0.5, 0.25, 0.0]
+    assert all(
+        case["equal_to_resident"] and case["step_seconds"] > 0 and case["time_ratio"] > 0 for case in entry["cases"]
+    )
+    table = memory.sampling_table({"device": "a card", "torch": "2", "sampling": [entry]})
+    assert f"({entry['cases'][2]['step_seconds']:.2f} s a step)" in table
+    assert "Measured on one a card" in table
+
+
 def test_counted_decoding_is_what_a_run_on_the_cpu_holds():
     pytest.importorskip("diffusers")
     counted = memory.count_decoding("small", (160, 64, 2))
