@@ -2,6 +2,15 @@
 
 from .config import BackboneConfig
 from .layers import Kernels, default_attention
-from .model import DEFAULT_OPERATIONS, NavaBackbone, activation_bytes
+from .memory import activation_bytes, no_workspace
+from .model import DEFAULT_OPERATIONS, NavaBackbone
 
-__all__ = ["DEFAULT_OPERATIONS", "BackboneConfig", "Kernels", "NavaBackbone", "activation_bytes", "default_attention"]
+__all__ = [
+    "DEFAULT_OPERATIONS",
+    "BackboneConfig",
+    "Kernels",
+    "NavaBackbone",
+    "activation_bytes",
+    "default_attention",
+    "no_workspace",
+]

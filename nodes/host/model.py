@@ -40,6 +40,7 @@ from ...nava_core.checkpoint import (
 from ...nava_core.geometry import audio_latent_to_tokens, audio_tokens_to_latent
 from .kernels import HOST_KERNELS
 from .latents import absent_parts, audio_steps_of, check_shapes, map_video, shapes_of
+from .memory import ALLOCATOR_SLACK, PLANNED_RUN, RunSize, attention_workspace, run_bytes, weight_copy_sizes
 from .prefetch import PREFETCH, fetch_next, prefetch_queue
 from .preview import host_unpacks, video_first
 
@@ -52,7 +53,6 @@ WHOLE_TIMESTEPS = "nava_whole_timesteps"
 
 # From this many tokens on one prediction alone fills a GPU: two at once would only double the memory.
 BATCH_TOKENS = 8192
-ALLOCATOR_SLACK = 1.1  # what PyTorch's allocator holds beside live tensors
 WRAPPER_KEY = "nava"
 
 
@@ -165,6 +165,7 @@ class NavaModel(comfy.model_base.BaseModel):
         # Set by outer_sample below. Newer hosts set it too, to the same, but only after they have asked how much memory
         # the run will need.
         self.latent_shapes = None
+        self._run = None  # RunSize of the run under way, set by outer_sample too
         self._cache_named = False  # the warning of a step cache was given
         self._clean = None  # packed mask of wholly given frames and steps of the run under way
 
@@ -250,20 +251,46 @@ class NavaModel(comfy.model_base.BaseModel):
 
     def _tokens(self, shape) -> int:
         """Tokens of one sample, from a latent's shape: its own, or packed (B, 1, values)."""
+        return sum(self._token_counts(shape))
+
+    def _token_counts(self, shape) -> tuple[int, int]:
+        """Of picture and sound."""
         shapes = [shape]
         if len(shape) == 3:
             known = self.latent_shapes is not None and shape[2] == sum(math.prod(s[1:]) for s in self.latent_shapes)
             if not known:
-                return math.ceil(shape[2] / (4 * self.diffusion_model.config.vid_in_dim))
+                return math.ceil(shape[2] / (4 * self.diffusion_model.config.vid_in_dim)), 0
             shapes = self.latent_shapes
+        gone = absent_parts(shapes)
         frames, height, width = shapes[0][2:]
-        video = 0 if (frames, height, width) == (1, 1, 1) else frames * -(-height // 2) * -(-width // 2)
-        return video + (shapes[1][2] if len(shapes) > 1 else 0)
+        video = 0 if gone[0] else frames * -(-height // 2) * -(-width // 2)
+        return video, 0 if len(shapes) < 2 or gone[1] else shapes[1][2]
+
+    def extra_conds_shapes(self, **kwargs):
+        """Only tells :meth:`memory_required` that the host plans a run, not a batch within one."""
+        return {PLANNED_RUN: [1]}
 
     def memory_required(self, input_shape, cond_shapes=None):
-        """Bytes one pass needs beside the weights, for a batch of ``input_shape[0]``."""
+        """Bytes needed beside the weights, for a batch of ``input_shape[0]``: of one pass, and where the host plans a
+        run also of what the run keeps."""
+        config, batch = self.diffusion_model.config, input_shape[0]
         size = comfy.model_management.dtype_size(self.get_dtype_inference())
-        live = activation_bytes(self.diffusion_model.config, input_shape[0], self._tokens(input_shape), size)
+        video, audio = self._token_counts(input_shape)
+        run = self._run
+        masked = run is not None and run.masked
+        live = activation_bytes(
+            config,
+            batch,
+            video + audio,
+            size,
+            audio_tokens=audio,
+            timesteps=batch * (2 if masked else 1),
+            timestep_groups=run.shapes[0][2] + audio if masked else 2,
+            attention_workspace=attention_workspace(),
+            **weight_copy_sizes(self),
+        )
+        if run is not None and PLANNED_RUN in (cond_shapes or {}):
+            live += run_bytes(run, batch, config, size)
         return live * ALLOCATOR_SLACK
 
 
@@ -329,6 +356,8 @@ def outer_sample(
     if len(shapes) > 1 and not any(absent_parts(shapes)):
         _warn_of_step_cache(model, executor.class_obj.model_options.get("transformer_options", {}))
     model.latent_shapes = shapes
+    predictions = sum(len(each) for each in getattr(executor.class_obj, "conds", {}).values())
+    model._run = RunSize(tuple(shapes), max(1, predictions), denoise_mask is not None)
     given = _given_values(shapes, latent_image, denoise_mask)
     model._clean = _clean_values(shapes, denoise_mask)
     if callback is not None and len(shapes) > 1 and not host_unpacks():
@@ -346,7 +375,7 @@ def outer_sample(
             latent_shapes=latent_shapes,
         )
     finally:
-        model._clean = None
+        model._clean = model._run = None
     return output if given is None else torch.where(given.to(output.device), latent_image.to(output), output)
 
 
