@@ -20,12 +20,12 @@ import torch
 from ...nava_core.checkpoint import FileKind, WrongFileError, describe_file, explain_wrong_file
 from ...nava_core.geometry import AUDIO_BINS, AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND
 from ...nava_core.media import LATENTS_STAGE, SOUND_STAGE, apply_loudness, check_finite, fit_length
+from .component_memory import audio_decode_bytes, audio_encode_bytes
 from .latents import audio_part, clip_seconds
 from .vae import run_whole, set_reload, vae_patcher, what_vae
 
-# The host's own estimates in later versions, in fp32
-DECODE_BYTES_PER_VALUE = 87000 * 4  # for each of the 16 values of a time step
-ENCODE_BYTES_PER_SAMPLE = 330 * 4
+MEL_FRAMES_PER_SECOND = 100
+HOST_RATE = 44100  # which the VAE of later hosts takes its input for
 
 
 def load_audio_vae(path: str | Path, device: str = "default"):
@@ -78,7 +78,7 @@ def decode_audio(audio_vae, latent: torch.Tensor) -> dict:
         work = functools.partial(module.decode, latent)
     else:
         work = functools.partial(module.decode, latent.to(audio_vae.device))
-    needed = latent.numel() // AUDIO_CHANNELS * DECODE_BYTES_PER_VALUE
+    needed = audio_decode_bytes(module, latent.shape)
     waveform = run_whole(vae_patcher(audio_vae), needed, "decoding the sound", work, full_load=True)
     return {"waveform": waveform.float().cpu(), "sample_rate": int(module.output_sample_rate)}
 
@@ -103,8 +103,13 @@ def encode_audio(audio_vae, audio: Mapping) -> torch.Tensor:
         work = functools.partial(module.encode, {"waveform": waveform, "sample_rate": rate})
     else:
         work = functools.partial(module.encode, waveform.to(audio_vae.device), sample_rate=rate)
-    needed = waveform[:, 0].numel() * ENCODE_BYTES_PER_SAMPLE
+    needed = audio_encode_bytes(module, _mel_frames(waveform.shape, rate))
     return run_whole(vae_patcher(audio_vae), needed, "encoding the sound", work, full_load=True).float().cpu()
+
+
+def _mel_frames(shape, rate: int) -> int:
+    """Of a waveform (B, channels, N), all samples' together."""
+    return shape[0] * (round(shape[2] * MEL_FRAMES_PER_SECOND / rate) + 1)
 
 
 def _audio_vae_manages_itself() -> bool:
@@ -121,7 +126,11 @@ def _build_audio_vae_0_18(tensors: dict, metadata: dict, device: torch.device | 
 
 def _build_audio_vae_later(tensors: dict, metadata: dict, device: torch.device | None):
     renamed = comfy.utils.state_dict_prefix_replace(tensors, {"audio_vae.": "autoencoder."})
-    return comfy.sd.VAE(sd=renamed, device=device, dtype=torch.float32, metadata=metadata)
+    vae = comfy.sd.VAE(sd=renamed, device=device, dtype=torch.float32, metadata=metadata)
+    module = vae.first_stage_model
+    vae.memory_used_decode = lambda shape, dtype: audio_decode_bytes(module, shape)
+    vae.memory_used_encode = lambda shape, dtype: audio_encode_bytes(module, _mel_frames(shape, HOST_RATE))
+    return vae
 
 
 def _check_audio_tensors(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from ...nava_core.checkpoint import FileKind, WrongFileError, describe_file, explain_wrong_file
 from ...nava_core.prompt import PromptTokenizer
 from ...nava_core.prompt.umt5 import UMT5Config, from_makers_names, has_makers_names
+from .component_memory import text_encode_bytes
 
 NAME = "umt5xxl"  # ComfyUI's name of the only model in this CLIP
 SPIECE = "spiece_model"  # the tensor that holds the tokenizer in ComfyUI's files
@@ -146,7 +147,7 @@ def _clip(tensors: dict, config: UMT5Config, tokenizer_data: dict, device: str, 
     options = {f"{NAME}_model_config": {**dimensions, "vocab_size": config.vocab_size}}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
-    return comfy.sd.CLIP(
+    clip = comfy.sd.CLIP(
         Target,
         tokenizer_data={**tokenizer_data, f"clip_{NAME}_tokenizer_class": NavaTokenizer},
         parameters=comfy.utils.calculate_parameters(tensors),
@@ -154,6 +155,14 @@ def _clip(tensors: dict, config: UMT5Config, tokenizer_data: dict, device: str, 
         model_options=options,
         disable_dynamic=disable_dynamic,
     )
+    dtype = getattr(clip.cond_stage_model, NAME).transformer.dtype
+
+    def needed(tokens, device=None) -> float:  # the host asks for it by this name
+        sections = tokens.get(NAME, [])
+        return text_encode_bytes(config, max(map(len, sections), default=0), len(sections), dtype)
+
+    clip.cond_stage_model.memory_estimation_function = needed
+    return clip
 
 
 def _with_host_names(tensors: dict) -> dict:

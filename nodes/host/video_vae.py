@@ -7,6 +7,7 @@ model), never in the VAE; the makers' wrapper applies the same 48 + 48 numbers a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from ...nava_core.checkpoint import FileKind, WrongFileError, describe_file, explain_wrong_file
 from ...nava_core.geometry import VIDEO_CHANNELS
 from ...nava_core.media import LATENTS_STAGE, check_finite
+from .component_memory import video_decode_bytes, video_encode_bytes
 from .latents import video_part
 from .vae import run_whole, set_reload, what_vae
 
@@ -30,7 +32,7 @@ def load_video_vae(path: str | Path, device: str = "default") -> comfy.sd.VAE:
 
     ``device``: "default" (the host's choice) or "cpu". The released width goes through the host's loader
     untouched; another width (small models) gets the same class at that width. Raises ValueError with one
-    sentence for another file. Run on ComfyUI 0.18.1 and 0.33.0.
+    sentence for another file. Its memory figures are this pack's. Run on ComfyUI 0.18.1 and 0.33.0.
     """
     info = describe_file(path)
     if info.kind is not FileKind.WAN22_VAE:
@@ -56,6 +58,8 @@ def load_video_vae(path: str | Path, device: str = "default") -> comfy.sd.VAE:
         vae = comfy.sd.VAE(sd=tensors, device=target, metadata=metadata)
     else:
         vae = _video_vae_of_width(tensors, widths, target)
+    vae.memory_used_decode = functools.partial(video_decode_bytes, width=widths[1])
+    vae.memory_used_encode = functools.partial(video_encode_bytes, width=widths[0])
     set_reload(vae, load_video_vae, str(path), device)
     return vae
 
@@ -107,7 +111,8 @@ def encode_video(vae: comfy.sd.VAE, images: torch.Tensor) -> torch.Tensor:
         latent = vae.first_stage_model.encode(vae.process_input(pixels).float().to(vae.device))
         return latent.to(vae.output_device).to(vae.vae_output_dtype())
 
-    needed = vae.memory_used_encode(pixels.shape, vae.vae_dtype)
+    width = vae.first_stage_model.dim
+    needed = video_encode_bytes(pixels.shape, torch.float32, width, weight_dtype=vae.vae_dtype)
     what = "encoding a first frame" if len(images) == 1 else f"encoding {len(images)} frames"
     task = f"{what} of {pixels.shape[4]}x{pixels.shape[3]}"
     return run_whole(vae.patcher, needed, task, encode, full_load=vae.disable_offload).float()

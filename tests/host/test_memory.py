@@ -307,3 +307,198 @@ def test_a_whole_run_is_what_the_host_was_told(wide, monkeypatch, name):
     monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_pytorch)
     peak, _, least = counted_run(wide, **RUNS[name])
     assert 0.98 * peak <= least <= 1.15 * peak
+
+
+# ---------------------------------------------------------------- the VAEs and the text encoder
+
+component_memory = pack_module("nodes.host.component_memory")
+video_vae = pack_module("nodes.host.video_vae")
+audio_vae = pack_module("nodes.host.audio_vae")
+text_encoder = pack_module("nodes.host.text_encoder")
+umt5 = pack_module("nava_core.prompt.umt5")
+
+
+def counted(network, work, *inputs):
+    """Live bytes at its fullest moment of ``work(*inputs)``, beside the network's weights and the inputs."""
+    with LiveMemory() as live:
+        live.ignore(*network.parameters(), *network.buffers(), *inputs)
+        work(*inputs)
+    return live.peak
+
+
+def video_network(dtype, widths=video_vae.RELEASED_WIDTHS):
+    with torch.device("meta"):
+        return video_vae._video_network(widths).to(dtype)
+
+
+@pytest.fixture
+def pytorch_attention_in_vaes(like_a_gpu, monkeypatch):
+    import comfy.ldm.modules.diffusionmodules.model as diffusion_model
+    import comfy.ldm.wan.vae as wan_vae
+
+    monkeypatch.setattr(wan_vae, "vae_attention", lambda: diffusion_model.pytorch_attention)
+
+
+SIZES = [(44, 80), (30, 52), (16, 16)]  # in latent pixels
+VAE_SLACK = component_memory.ALLOCATOR_SLACK
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("frames", [1, 2, 3, 13, 61])
+def test_decoding_frames(pytorch_attention_in_vaes, dtype, size, frames):
+    network = video_network(dtype)
+    latent = torch.empty(1, 48, frames, *size, device="meta", dtype=dtype)
+    planned = component_memory.video_decode_bytes(latent.shape, dtype) / VAE_SLACK
+    assert planned == pytest.approx(counted(network, network.decode, latent), rel=0.02)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 61])
+def test_decoding_frames_latent_frame_by_latent_frame(pytorch_attention_in_vaes, frames):
+    from comfy.ldm.wan.vae2_2 import count_conv3d, unpatchify
+
+    network = video_network(torch.bfloat16)
+
+    def decode(latent):
+        caches, x = [None] * count_conv3d(network.decoder), network.conv2(latent)
+        for frame in range(frames):
+            part = x[:, :, frame : frame + 1]
+            out = network.decoder(part, feat_cache=caches, feat_idx=[0], first_chunk=frame == 0)
+            out = unpatchify(out, patch_size=2)
+            del out
+
+    latent = torch.empty(1, 48, frames, 44, 80, device="meta", dtype=torch.bfloat16)
+    planned = component_memory.streamed_decode_bytes(latent.shape, torch.bfloat16) / VAE_SLACK
+    assert planned == pytest.approx(counted(network, decode, latent), rel=0.02)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("frames", [1, 5, 9, 49, 145])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_encoding_frames(pytorch_attention_in_vaes, weights, size, frames):
+    """As first frames are encoded, in fp32 whatever the weights are; the picture is on the device too."""
+    network = video_network(weights)
+    video_vae._cast_encoder_weights(network)
+    pixels = torch.empty(1, 3, frames, 16 * size[0], 16 * size[1], device="meta")
+    planned = component_memory.video_encode_bytes(pixels.shape, torch.float32, weight_dtype=weights) / VAE_SLACK
+    assert planned == pytest.approx(counted(network, network.encode, pixels) + pixels.nbytes, rel=0.05)
+
+
+@pytest.mark.parametrize("widths", [(32, 64), (160, 256)])
+def test_video_vaes_of_other_widths(pytorch_attention_in_vaes, widths):
+    network = video_network(torch.float32, widths)
+    latent = torch.empty(1, 48, 13, 30, 52, device="meta")
+    planned = component_memory.video_decode_bytes(latent.shape, torch.float32, widths[1]) / VAE_SLACK
+    assert planned == pytest.approx(counted(network, network.decode, latent), rel=0.02)
+    pixels = torch.empty(1, 3, 17, 480, 832, device="meta")
+    planned = component_memory.video_encode_bytes(pixels.shape, torch.float32, widths[0]) / VAE_SLACK
+    assert planned == pytest.approx(counted(network, network.encode, pixels) + pixels.nbytes, rel=0.02)
+
+
+def audio_network(base, low, high):
+    """The host's audio VAE and vocoder of these widths; LTX-2.3's have 128, 1536 and 512."""
+    import copy
+
+    import comfy.ldm.lightricks.vae.audio_vae as host_vae
+
+    from nava_core.demo import AUDIO_CONFIG
+
+    config = copy.deepcopy(AUDIO_CONFIG)
+    config["audio_vae"]["model"]["params"]["ddconfig"]["ch"] = base
+    config["vocoder"]["vocoder"]["upsample_initial_channel"] = low
+    config["vocoder"]["bwe"]["upsample_initial_channel"] = high
+    with torch.device("meta"):
+        network = torch.nn.Module()
+        network.autoencoder = host_vae.CausalAudioAutoencoder(config=config["audio_vae"])
+        network.vocoder = host_vae.VocoderWithBWE(config=config["vocoder"])
+    return network
+
+
+AUDIO_WIDTHS = [(128, 1536, 512), (16, 128, 64), (128, 128, 64), (16, 1536, 64)]
+
+
+def test_the_released_audio_vaes_size():
+    parameters = sum(weight.numel() for weight in audio_network(*AUDIO_WIDTHS[0]).parameters())
+    assert 2 * parameters == pytest.approx(0.35e9, rel=0.05)
+
+
+@pytest.mark.parametrize("steps", [5, 52, 152, 1500])
+@pytest.mark.parametrize("widths", AUDIO_WIDTHS)
+def test_decoding_sound(widths, steps):
+    network = audio_network(*widths)
+
+    def decode(latent):
+        return network.vocoder(network.autoencoder.decode(latent, (1, 2, 4 * steps - 3, 64)).transpose(2, 3))
+
+    latent = torch.empty(1, 8, steps, 16, device="meta")
+    planned = component_memory.audio_decode_bytes(network, latent.shape) / VAE_SLACK
+    assert planned == pytest.approx(counted(network, decode, latent), rel=0.05)
+
+
+@pytest.mark.parametrize("frames", [51, 601, 6001])
+@pytest.mark.parametrize("widths", AUDIO_WIDTHS)
+def test_encoding_sound(widths, frames):
+    network = audio_network(*widths)
+    mel = torch.empty(1, 2, frames, 64, device="meta")
+    planned = component_memory.audio_encode_bytes(network, frames) / VAE_SLACK
+    assert planned == pytest.approx(counted(network, network.autoencoder.encode, mel), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 20, 153, 512])
+@pytest.mark.parametrize("sections", [1, 2])
+def test_encoding_text(like_a_gpu, monkeypatch, dtype, tokens, sections):
+    import comfy.ops
+    import comfy.text_encoders.t5 as host_t5
+
+    monkeypatch.setattr(host_t5, "optimized_attention_for_device", lambda *_, **__: host_attention.attention_pytorch)
+    config = umt5.UMT5Config(num_layers=2)
+    settings = {**asdict(config), "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True, "model_type": "umt5"}
+    with torch.device("meta"):
+        network = host_t5.T5(settings, dtype, "meta", comfy.ops.manual_cast)
+    embeds = torch.empty(sections, tokens, config.d_model, device="meta")
+    mask = torch.empty(sections, tokens, device="meta", dtype=torch.long)
+    peak = counted(network, lambda x, m: network(None, m, embeds=x, dtype=torch.float32), embeds, mask)
+    planned = component_memory.text_encode_bytes(config, tokens, sections, dtype) / VAE_SLACK
+    assert planned == pytest.approx(peak, rel=0.05)
+
+
+def test_loaded_parts_tell_the_host_these_figures(small_models, monkeypatch):
+    """And the host asks with them; objects of the stock loaders keep the host's."""
+    video = video_vae.load_video_vae(small_models["video_vae"])
+    shape = (1, 48, 3, 4, 6)
+    width = video.first_stage_model.decoder.head[0].gamma.shape[0]
+    assert video.memory_used_decode(shape, torch.float32) == component_memory.video_decode_bytes(
+        shape, torch.float32, width
+    )
+    asked = []
+    monkeypatch.setattr(
+        comfy.model_management,
+        "load_models_gpu",
+        lambda models, memory_required=0, **_: asked.append(memory_required),
+    )
+    with torch.inference_mode():
+        video.decode(torch.zeros(shape))
+        video_vae.encode_video(video, torch.rand(1, 64, 96, 3))
+    assert asked[0] == video.memory_used_decode(shape, video.vae_dtype)
+    encoder = video.first_stage_model.dim
+    pixels = (1, 3, 1, 64, 96)
+    assert asked[1] == component_memory.video_encode_bytes(pixels, torch.float32, encoder, video.vae_dtype)
+
+    clip = text_encoder.load_text_encoder(small_models["text_encoder"])
+    asked.clear()
+    with torch.inference_mode():
+        text_encoder.encode_ids(clip, [5, 6, 7, 1])
+    (needed,) = asked
+    stack = clip.cond_stage_model.umt5xxl.transformer
+    config = umt5.UMT5Config.from_shapes({name: tuple(w.shape) for name, w in stack.state_dict().items()})
+    assert needed == component_memory.text_encode_bytes(config, 4, 1, stack.dtype)
+
+    sound = audio_vae.load_audio_vae(small_models["audio_vae"])
+    module = audio_vae.audio_module(sound)
+    asked.clear()
+    with torch.inference_mode():
+        audio_vae.decode_audio(sound, torch.zeros(1, 8, 6, 16))
+        audio_vae.encode_audio(sound, {"waveform": torch.zeros(1, 2, 48000), "sample_rate": 48000})
+    assert asked[0] == component_memory.audio_decode_bytes(module, (1, 8, 6, 16))
+    assert component_memory.audio_encode_bytes(module, 101) in asked
