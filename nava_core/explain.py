@@ -7,6 +7,8 @@ import errno
 MAX_LENGTH = 600
 OWN_WORDS = (ValueError, RuntimeError, ArithmeticError, FileNotFoundError, FileExistsError)
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory: you tried to allocate")  # of a CPU
+# Of a GPU's libraries, which raise a RuntimeError where PyTorch itself raises OutOfMemoryError
+NO_DEVICE_MEMORY = ("out of memory", "cudnn_status_alloc_failed", "cublas_status_alloc_failed")
 FATAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -32,6 +34,14 @@ def explain(error: BaseException) -> str:
     elif not text or not isinstance(error, (*OWN_WORDS, OSError, ImportError)):
         text = f"{type(error).__name__}: {text}" if text else f"{type(error).__name__} without a message."
     return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 3]}..."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the machine, had too little free memory for what was asked of it."""
+    if "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in (*NO_MEMORY, *NO_DEVICE_MEMORY))
 
 
 def is_fatal(error: BaseException) -> bool:

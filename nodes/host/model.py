@@ -37,7 +37,16 @@ from ...nava_core.checkpoint import (
     plan_tensors,
     stream_tensors,
 )
-from ...nava_core.geometry import audio_latent_to_tokens, audio_tokens_to_latent
+from ...nava_core.explain import TooLittleMemoryError
+from ...nava_core.geometry import (
+    AUDIO_LATENTS_PER_SECOND,
+    FPS,
+    PIXELS_PER_LATENT,
+    audio_latent_to_tokens,
+    audio_tokens_to_latent,
+    frames_of_latents,
+)
+from . import out_of_memory
 from .kernels import HOST_KERNELS
 from .latents import absent_parts, audio_steps_of, check_shapes, map_video, shapes_of
 from .memory import ALLOCATOR_SLACK, PLANNED_RUN, RunSize, attention_workspace, run_bytes, weight_copy_sizes
@@ -54,6 +63,7 @@ WHOLE_TIMESTEPS = "nava_whole_timesteps"
 # From this many tokens on one prediction alone fills a GPU: two at once would only double the memory.
 BATCH_TOKENS = 8192
 WRAPPER_KEY = "nava"
+BLOCKS_ELSEWHERE = "nava_blocks"  # additional models of a patcher that hold some of its blocks; see offload.py
 
 
 def host_attention(q, k, v, heads, options):
@@ -166,6 +176,7 @@ class NavaModel(comfy.model_base.BaseModel):
         # the run will need.
         self.latent_shapes = None
         self._run = None  # RunSize of the run under way, set by outer_sample too
+        self._one_by_one = False  # memory ran out in this run: predictions are no longer batched
         self._cache_named = False  # the warning of a step cache was given
         self._clean = None  # packed mask of wholly given frames and steps of the run under way
 
@@ -232,6 +243,43 @@ class NavaModel(comfy.model_base.BaseModel):
         noised = super().scale_latent_inpaint(sigma=sigma, noise=noise, latent_image=latent_image, **kwargs)
         return noised if self._clean is None else torch.where(self._clean.to(noised.device), latent_image, noised)
 
+    # ------------------------------------------------------------ the pass, and what is done when memory runs out
+
+    def apply_model(self, x, t, *args, **kwargs):
+        """As of every model; where memory runs out, once more in a smaller form. A pass changes nothing but its own
+        tensors, so that the solver above it does not notice."""
+        apply, patcher = super().apply_model, self.current_patcher
+        if patcher is None or self._run is None:  # a clone on another GPU: its run is begun again, see outer_sample
+            return apply(x, t, *args, **kwargs)
+
+        def again():
+            self._leave_less_on_gpu(patcher, x.shape)
+            return _one_by_one(apply, x, t, *args, **kwargs)
+
+        return out_of_memory.twice(lambda: apply(x, t, *args, **kwargs), again, self._too_little_memory)
+
+    def _leave_less_on_gpu(self, patcher, shape) -> None:
+        out_of_memory.warn(
+            "in a pass: other models leave the GPU, more of this one's weights are streamed, and predictions are "
+            "computed one by one."
+        )
+        parts = parts_of(patcher)
+        out_of_memory.make_room(parts)
+        out_of_memory.keep_less(parts, self.memory_required(shape))
+        self._one_by_one = True
+
+    def _too_little_memory(self) -> str:
+        """The sentence for a clip that does not fit."""
+        shapes = self.latent_shapes
+        device = self.device if self.current_patcher is None else self.current_patcher.load_device
+        needed = self.memory_required([1, 1, sum(math.prod(shape[1:]) for shape in shapes)]) / 2**30
+        fp8 = "" if self.model_config.custom_operations is not None else "set weight_dtype to fp8 in its loader, "
+        return (
+            f"There is too little free memory on {device} to sample this clip ({_what_clip(shapes)}): one prediction "
+            f"takes about {needed:.1f} GB beside the weights, {out_of_memory.free_gigabytes(device):.1f} GB are free. "
+            f"Make the clip smaller or shorter, {fp8}or close other programs that use this GPU."
+        )
+
     # ------------------------------------------------------------ latent spaces
 
     def process_latent_in(self, latent):
@@ -278,6 +326,8 @@ class NavaModel(comfy.model_base.BaseModel):
         video, audio = self._token_counts(input_shape)
         run = self._run
         masked = run is not None and run.masked
+        if self._one_by_one and run is not None and batch > run.shapes[0][0]:
+            return math.inf
         live = activation_bytes(
             config,
             batch,
@@ -331,6 +381,42 @@ def _warn_of_step_cache(model, transformer_options) -> None:
         )
 
 
+def parts_of(patcher) -> list:
+    """The model of ``patcher``, and those that hold blocks of it on other devices."""
+    return [patcher, *patcher.get_additional_models_with_key(BLOCKS_ELSEWHERE)]
+
+
+def _one_by_one(apply, x, t, *args, transformer_options=None, **conditions):
+    """A batch of the host's predictions, each by itself."""
+    transformer_options = transformer_options or {}
+    count = len(transformer_options.get("cond_or_uncond", ())) or 1
+    if x.shape[0] % count:
+        count = 1
+    results = []
+    for index in range(count):
+
+        def one(value, index=index):
+            whole = not torch.is_tensor(value) or value.shape[:1] != x.shape[:1]
+            return value if whole else value.chunk(count)[index]
+
+        options = {
+            name: value[index : index + 1] if name in ("cond_or_uncond", "uuids") else value
+            for name, value in transformer_options.items()
+        }
+        part = {name: one(value) for name, value in conditions.items()}
+        results.append(apply(one(x), one(t), *map(one, args), transformer_options=options, **part))
+    return torch.cat(results)
+
+
+def _what_clip(shapes) -> str:
+    video, audio = (*absent_parts(shapes), True)[:2]
+    if video:
+        return f"{shapes[1][2] / AUDIO_LATENTS_PER_SECOND:.1f} s of sound"
+    size = f"{shapes[0][4] * PIXELS_PER_LATENT}x{shapes[0][3] * PIXELS_PER_LATENT}"
+    batch = f", {shapes[0][0]} at once" if shapes[0][0] > 1 else ""
+    return f"{size}, {frames_of_latents(shapes[0][2]) / FPS:.1f} s{'' if audio else ' with sound'}{batch}"
+
+
 def _generated_steps(mask):
     """(B, C, steps, ...) noise mask -> (B, steps): 0 where all of a frame or step is given, else 1."""
     return (mask.movedim(2, 1).flatten(2).amax(-1) > 0).float()
@@ -362,21 +448,31 @@ def outer_sample(
     model._clean = _clean_values(shapes, denoise_mask)
     if callback is not None and len(shapes) > 1 and not host_unpacks():
         callback = video_first(callback, shapes)
+    settings = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
     try:
-        output = executor(
-            noise,
-            latent_image,
-            sampler,
-            sigmas,
-            denoise_mask,
-            callback,
-            disable_pbar,
-            seed,
-            latent_shapes=latent_shapes,
-        )
+        output = _run_twice(executor, model, lambda: executor(*settings, latent_shapes=latent_shapes))
     finally:
         model._clean = model._run = None
+        model._one_by_one = False
     return output if given is None else torch.where(given.to(output.device), latent_image.to(output), output)
+
+
+def _run_twice(executor, model, run):
+    """``run``, again from its start where memory ran out outside the network's passes, which look after themselves."""
+    guider = executor.class_obj
+    conds = {name: [cond.copy() for cond in each] for name, each in getattr(guider, "conds", {}).items()}
+
+    def again():
+        out_of_memory.warn("beside the network: other models leave the GPU, and the run begins again.")
+        out_of_memory.make_room(parts_of(guider.model_patcher))
+        guider.conds = conds
+        return run()
+
+    try:
+        return out_of_memory.twice(run, again, model._too_little_memory)
+    except TooLittleMemoryError:
+        comfy.model_management.unload_all_models()  # as the host does after its own error, so that the next prompt runs
+        raise
 
 
 def _given_values(shapes, latent_image, denoise_mask):

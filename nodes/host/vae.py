@@ -14,25 +14,30 @@ import comfy.taesd.taehv
 import torch
 
 from ...nava_core.explain import TooLittleMemoryError
+from . import out_of_memory
 
 
 def run_whole(patcher, needed: float, task: str, work: Callable[[], torch.Tensor], full_load=False) -> torch.Tensor:
     """What ``work`` computes once the model of ``patcher`` is on its device, with ``needed`` bytes free beside it.
 
-    The host's own encode and decode turn to tiles when memory runs out, and only the log says so; this raises
-    TooLittleMemoryError, in a sentence on the ``task``. Run on ComfyUI 0.18.1 and 0.33.0.
+    The host's own encode and decode turn to tiles when memory runs out, and only the log says so; this takes other
+    models off the device and tries again, then raises TooLittleMemoryError, in a sentence on the ``task``. Run on
+    ComfyUI 0.18.1 and 0.33.0.
     """
     device = patcher.load_device
     # where there are several GPUs, newer hosts make the model's own the current one for their kernels
     on_device = getattr(comfy.model_management, "cuda_device_context", contextlib.nullcontext)
-    try:
-        with on_device(device):
-            comfy.model_management.load_models_gpu([patcher], memory_required=needed, force_full_load=full_load)
-            return work()
-    except Exception as error:
-        comfy.model_management.raise_non_oom(error)
-    # Only here, out of the except block, are the tensors of the failed pass gone.
-    comfy.model_management.soft_empty_cache()
+    for first in (True, False):
+        try:
+            with on_device(device):
+                comfy.model_management.load_models_gpu([patcher], memory_required=needed, force_full_load=full_load)
+                return work()
+        except Exception as error:
+            out_of_memory.raise_others(error)
+        # Only here, out of the except block, are the tensors of the failed pass gone.
+        if first:
+            out_of_memory.warn(f"{task}: other models leave {device}, and it is tried again.")
+        out_of_memory.make_room([patcher])
     raise TooLittleMemoryError(
         f"There is too little free memory on {device} for {task}, which needs about {needed / 2**30:.1f} GB and is not "
         "done in tiles, for they change the result: make the clip smaller or shorter, close other programs, or let the "
