@@ -52,6 +52,7 @@ from .latents import absent_parts, audio_steps_of, check_shapes, map_video, shap
 from .memory import ALLOCATOR_SLACK, PLANNED_RUN, RunSize, attention_workspace, run_bytes, weight_copy_sizes
 from .prefetch import PREFETCH, fetch_next, prefetch_queue
 from .preview import host_unpacks, video_first
+from .raw_parameters import patch_raw_parameters
 
 # Conditioning keys of this pack; stock guiders carry them to the model like any other.
 TIMBRE = "nava_timbre"  # (1, S, 192)
@@ -546,6 +547,7 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
     model.origin = init[1]
     patcher.cached_patcher_init = init
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, outer_sample)
+    patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_LOAD, WRAPPER_KEY, patch_raw_parameters)
     return patcher
 
 
