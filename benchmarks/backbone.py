@@ -12,6 +12,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,19 +64,25 @@ BUILDERS = {"nava": nava, "plain": plain}
 
 def random_weights(config: BackboneConfig, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Tensor]:
     """A full state dict drawn on ``device``, scaled so that activations stay near one through all blocks."""
+    return dict(draw_weights(config, dtype, device, seed))
+
+
+def draw_weights(
+    config: BackboneConfig, dtype: torch.dtype, device: str, seed: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of :func:`random_weights`, one by one."""
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in PlainBackbone(config).state_dict().items()}
     generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(name: str, shape: torch.Size) -> Tensor:
+    for name, shape in shapes.items():
         values = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
         if name.endswith("modulation"):
-            return values.mul_(0.3)
-        if len(shape) == 1:
-            return values.mul_(0.1).add_(1.0 if name.endswith("weight") else 0.0)
-        return values if name.endswith("null_token") else values.mul_(values[0].numel() ** -0.5)
-
-    return {name: draw(name, shape) for name, shape in shapes.items()}
+            values.mul_(0.3)
+        elif len(shape) == 1:
+            values.mul_(0.1).add_(1.0 if name.endswith("weight") else 0.0)
+        elif not name.endswith("null_token"):
+            values.mul_(values[0].numel() ** -0.5)
+        yield name, values
 
 
 def case_inputs(

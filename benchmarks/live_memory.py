@@ -13,10 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Context that follows every storage made inside it: ``current`` and ``peak`` in bytes."""
+    """Context that follows every storage made inside it: ``current`` and ``peak`` in bytes.
 
-    def __init__(self):
+    ``device``: only those of a device of this type, such as "cuda"; None: all.
+    """
+
+    def __init__(self, device: str | None = None):
         super().__init__()
+        self.device = device
         self.current = self.peak = 0
         self._seen: set[int] = set()
 
@@ -27,7 +31,7 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if torch.is_tensor(leaf):
+            if torch.is_tensor(leaf) and self.device in (None, leaf.device.type):
                 self._follow(leaf)
         return out
 

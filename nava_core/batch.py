@@ -2,7 +2,8 @@
 
 The output folder holds the clips, ``report.jsonl`` (what became of every line, appended as it happens, run after run)
 and ``summary.json`` (every line of the last run). A clip is written under ``.unfinished`` and moved to its name when
-it is whole.
+it is whole. Latents that a line keeps are at their name, beside the clip's, before it is decoded: a clip that was
+killed after that is finished from them.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import WrongFileError
 from .explain import explain, is_fatal
 from .jobs import Defaults, Job, LineError
 from .lines import parse_line, read_lines
 
+if TYPE_CHECKING:
+    from .pipeline import ClipLatents
+
 REPORT, SUMMARY = "report.jsonl", "summary.json"
 UNFINISHED, LOCK = ".unfinished", ".batch.lock"
+LATENTS = ".latents.safetensors"  # after a clip's name
 MOST_WAITING = 64  # lines that wait for the same content's clip, before a batch reads no further
 KEY_LENGTH = 12  # hexadecimal digits of a job's hash in the names of clips without an id
 
@@ -47,6 +52,8 @@ class Outcome:
     error: str | None = None
     warnings: tuple[str, ...] = ()
     take: int | None = None  # of a line that has several, from 0
+    latents: str | None = None  # the name of the file with the clip's latents
+    from_latents: bool | None = None  # whether it was finished from those that were there
 
     def record(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if value not in (None, ())}
@@ -142,21 +149,46 @@ class _Names:
 
 @dataclass(frozen=True)
 class Task:
-    """A clip to make. ``path`` is where it is written, to be moved to its name when it is whole."""
+    """A clip to make. ``path`` is where it is written, to be moved to its name when it is whole; ``latents``: where its
+    latents are kept; ``resume``: whether those that are there are used."""
 
     line: int
     job: Job
     file: str
     key: str
     path: Path
+    latents: Path
+    resume: bool = True
+
+    def kept_latents(self) -> ClipLatents | None:
+        """The latents that an earlier run kept of this very content; None where there are none, or none to be used."""
+        from .pipeline import ClipLatents
+
+        if not self.resume or not self.latents.is_file():
+            return None
+        try:
+            found = ClipLatents.load(self.latents)
+        except (ValueError, ArithmeticError, OSError):
+            return None
+        return found if found.key == self.key else None
+
+    def keep(self, latents: ClipLatents) -> None:
+        """Writes the latents to their name; they are on the disk when this returns."""
+        part = self.path.with_name(self.latents.name)
+        replace(latents, key=self.key).save(part)
+        _onto_the_disk(part)
+        os.replace(part, self.latents)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A clip that is at its task's path. ``seconds``: that making it took."""
+    """A clip that is at its task's path. ``seconds``: that making it took; ``latents``, ``from_latents``: whether they
+    were kept, and whether it was finished from those of an earlier run."""
 
     seconds: float
     warnings: tuple[str, ...] = ()
+    latents: bool = False
+    from_latents: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,10 +209,25 @@ def failure_of(error: Exception, job: Job | None = None) -> Failed:
     return Failed(explain(error), details, error if models or is_fatal(error) else None, models)
 
 
+def make_clip(pipeline: Any, task: Task, step: Callable[..., None]) -> Made:
+    """Make a task's clip: denoised with ``step`` called after each step, or finished from latents that were kept."""
+    start = time.monotonic()
+    latents = task.kept_latents()
+    from_latents = latents is not None
+    if latents is None:
+        latents = pipeline.denoise(**task.job.request(), callback=step)
+        if task.job.save_latents:
+            task.keep(latents)
+    pipeline.save(latents, task.path)
+    kept = from_latents or task.job.save_latents
+    return Made(time.monotonic() - start, tuple(latents.warnings), kept, from_latents)
+
+
 class Runner:
     """Makes clips, at most ``places`` at a time; this one in this process, each as soon as it is asked for.
 
-    ``open_pipeline``'s result is called with ``Job.request()``, ``callback`` and returns a clip with ``save(path)``.
+    ``open_pipeline``'s result has what of ``NavaPipeline`` makes a clip: ``denoise(callback=..., **Job.request())``,
+    which returns ``ClipLatents``, and ``save(latents, path)``.
     """
 
     places = 1
@@ -206,13 +253,10 @@ class Runner:
         """Ends what is at work."""
 
     def _make(self, task: Task) -> Made | Failed:
-        start = time.monotonic()
         try:
-            clip = self.pipeline(**task.job.request(), callback=self.watcher.step)
-            clip.save(task.path)
+            return make_clip(self.pipeline, task, self.watcher.step)
         except Exception as error:
             return failure_of(error, task.job)
-        return Made(time.monotonic() - start, tuple(getattr(clip, "warnings", ())))
 
 
 def run_batch(
@@ -361,7 +405,8 @@ class _Run:
         except (ValueError, OSError) as error:
             self._failed(number, job, failure_of(error))
             return
-        self._begin(Task(number, job, file, key, self.work / file))
+        latents = self.folder / f"{file}{LATENTS}"
+        self._begin(Task(number, job, file, key, self.work / file, latents, resume=not self.remake))
         while self.runner is not None and len(self.at_work) >= self.runner.places:
             self._collect()
 
@@ -469,11 +514,12 @@ class _Run:
         self.made[task.key] = task.file
         warnings = (*task.job.warnings, *(w for w in made.warnings if w not in task.job.warnings))
         size, seconds = self._size(task.file), round(made.seconds, 3)
-        return Outcome(task.line, MADE, task.file, task.key, size, seconds, warnings=warnings, take=task.job.take)
+        about = {"warnings": warnings, "take": task.job.take, "from_latents": made.from_latents or None}
+        about |= {"latents": task.latents.name} if made.latents else {}
+        return Outcome(task.line, MADE, task.file, task.key, size, seconds, **about)
 
     def _move_into_place(self, file: str) -> None:
-        with (self.work / file).open("rb") as whole:
-            os.fsync(whole.fileno())
+        _onto_the_disk(self.work / file)
         os.replace(self.work / file, self.folder / file)
 
     def _link(self, existing: str, file: str) -> None:
@@ -488,6 +534,11 @@ class _Run:
 
     def _size(self, file: str) -> int:
         return (self.folder / file).stat().st_size
+
+
+def _onto_the_disk(path: Path) -> None:
+    with path.open("rb") as whole:
+        os.fsync(whole.fileno())
 
 
 def _is_the_models(error: Exception, job: Job) -> bool:

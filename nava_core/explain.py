@@ -41,7 +41,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in (*NO_MEMORY, *NO_DEVICE_MEMORY))
+    of_torch = type(error).__module__ in ("builtins", "torch")  # sentences of ours that mention memory are none
+    words = (*NO_MEMORY, *NO_DEVICE_MEMORY)
+    return isinstance(error, RuntimeError) and of_torch and any(each in text for each in words)
 
 
 def is_fatal(error: BaseException) -> bool:

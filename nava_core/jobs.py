@@ -41,8 +41,9 @@ class Defaults:
 
     ``negative``: a text, "default" for the built-in terms that suit the clip's mode, or "zero" for the trained null.
     ``scales`` are the fields of ``Guidance`` that differ from what the pipeline would choose itself. ``gen_turn``: how
-    many takes are made of a line. ``loras``: (fingerprint, strength) of those in the backbone, for a clip's key. Raises
-    LineError for seconds or a shift out of bounds.
+    many takes are made of a line. ``loras``: (fingerprint, strength) of those in the backbone, for a clip's key.
+    ``save_latents``: whether a clip's latents are kept beside it. Raises LineError for seconds or a shift out of
+    bounds.
     """
 
     seconds: float = 6.0
@@ -57,6 +58,7 @@ class Defaults:
     preset: str | None = None
     image_scale: int = TRAINED_SCALE
     loras: tuple[tuple[str, float], ...] = ()
+    save_latents: bool = False
 
     def __post_init__(self) -> None:
         check_scale(self.image_scale)
@@ -93,6 +95,7 @@ class Job:
     warnings: tuple[str, ...] = ()
     takes: int = 1
     take: int | None = None  # which of several, from 0
+    save_latents: bool = False
 
     def split(self) -> list[Job]:
         """A job for every take, with the next seed and the take's number, from 0, after its name."""
@@ -202,6 +205,7 @@ def make_job(
     takes: int | None = None,
     preset: str | None = None,
     image_scale: int | None = None,
+    save_latents: bool | None = None,
     name: str = "",
     warnings: Sequence[str] = (),
 ) -> Job:
@@ -242,6 +246,7 @@ def make_job(
         name=name,
         warnings=tuple(warnings),
         takes=_or(takes, defaults.gen_turn),
+        save_latents=_or(save_latents, defaults.save_latents),
     )
 
 

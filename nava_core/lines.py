@@ -46,6 +46,7 @@ KEYS = (
     "preset",
     "image_scale",
     "gen_turn",
+    "save_latents",
     "id",
     "name",
 )
@@ -101,6 +102,7 @@ def parse_line(raw: bytes, folder: Path, defaults: Defaults, suffix: str = ".jso
         preset=read("preset", _preset),
         image_scale=read("image_scale", _scale),
         takes=read("gen_turn", _takes),
+        save_latents=read("save_latents", _flag),
         name=name or other or "",
         warnings=warnings,
     )

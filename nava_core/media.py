@@ -64,6 +64,7 @@ def mux(
     sample_rate: int | None = None,
     fps: float | Fraction = FPS,
     *,
+    total: int | None = None,
     crf: float = 18,
     preset: str = "medium",
     transfer: str = "BT.709",
@@ -73,23 +74,25 @@ def mux(
     """Write a clip as MP4: H.264 yuv420p in limited-range BT.709, and AAC stereo at the waveform's own rate.
 
     ``path`` is a path or a binary file object. ``frames`` are (T, H, W, 3) in 0..1 (what is outside is clamped), as one
-    tensor or array or as an iterable of such chunks, so that a decoder can be streamed. An odd width or height gets its
+    tensor or array or as an iterable of such chunks, so that a decoder can be streamed: the same file, with one chunk
+    in memory at a time. ``total`` is how many frames an iterable has to give. An odd width or height gets its
     last column or row twice, since yuv420p has none. ``waveform`` is (C, N) with 1 or 2 channels within -1..1, or None
     for a clip without sound; it is cut or filled with silence to last exactly as long as the picture, T / fps seconds.
     ``crf`` and ``preset`` are x264's (quality, and speed against size); ``transfer`` is the curve that the file names,
     "BT.709" or "sRGB", for the same pixels. ``metadata`` are the container's tags; values that are not text are stored
-    as JSON. ``callback(frame, frames)`` runs after every frame, ``frames`` being None for an iterable; what it raises
-    ends the writing, and no file is left.
+    as JSON. ``callback(frame, frames)`` runs after every frame, ``frames`` being None for an iterable without
+    ``total``; what it raises ends the writing, and no file is left.
 
     Returns the number of frames. Raises NonFiniteError, naming the stage, before anything that is not finite reaches an
-    encoder, and ValueError for shapes, rates and channels that cannot be written.
+    encoder, and ValueError for shapes, rates and channels that cannot be written, and for more or fewer frames than
+    ``total``.
     """
     if transfer not in TRANSFERS:
         raise ValueError(f"The transfer curve is one of {', '.join(TRANSFERS)}; got {transfer}.")
     sound = None if waveform is None else _Sound(waveform, sample_rate)
     rate = _frame_rate(fps)
     encoding = {"crf": str(crf), "preset": preset, "x264-params": REPEATABLE}
-    total = len(frames) if hasattr(frames, "ndim") else None
+    total = len(frames) if hasattr(frames, "ndim") else total
     tags = {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
     with whole_file(path) as temporary:
         add_picture = partial(_add_picture_stream, rate=rate, options=encoding, transfer=TRANSFERS[transfer])
@@ -218,6 +221,8 @@ def _write_mp4(path: Path, chunks, total, sound, rate: Fraction, add_picture, ta
                     f"All frames must have one size; got {chunk.shape[2]}x{chunk.shape[1]} after "
                     f"{picture_stream.width}x{picture_stream.height}."
                 )
+            if total is not None and count + len(chunk) > total:
+                raise ValueError(f"There are more frames than the {total} that the clip should have.")
             for frame in chunk.numpy():
                 container.mux(picture_stream.encode(_picture_frame(frame, count, rate)))
                 count += 1
@@ -228,6 +233,8 @@ def _write_mp4(path: Path, chunks, total, sound, rate: Fraction, add_picture, ta
                     callback(count, total)
         if picture_stream is None:
             raise ValueError("There are no frames to write.")
+        if total is not None and count < total:
+            raise ValueError(f"There are {count} frames where the clip should have {total}.")
         for stream in (picture_stream, sound_stream):
             if stream is not None:
                 container.mux(stream.encode(None))

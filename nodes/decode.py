@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..nava_core.decoding import CHOICES, OVERLAP, TILE, Decoding
 from ..nava_core.geometry import FPS
 from ..nava_core.media import LOUDNESS_MODES
 from .host.audio_vae import decode_audio_clips
@@ -17,54 +18,41 @@ class NavaDecodeVideo(io.ComfyNode):
             node_id="NavaDecodeVideo",
             display_name="NAVA Decode Video",
             category=category("decode"),
-            description="Turns a clip's latent into frames.",
+            description="Turns a clip's latent into frames, in memory that does not grow with its length.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From NAVA Sampler."),
                 io.Vae.Input("vae", tooltip="The Wan2.2 video VAE."),
-                io.Boolean.Input("tiled", default=False, tooltip="Decode in tiles: less memory, a little slower."),
+                io.Combo.Input(
+                    "decoding",
+                    options=list(CHOICES),
+                    default=CHOICES[0],
+                    tooltip="auto: whole frames where there is memory for them, else tiles. whole, tiled: begin so.",
+                ),
                 io.Int.Input(
                     "tile_size",
-                    default=512,
+                    default=TILE,
                     min=64,
                     max=4096,
                     step=32,
                     advanced=True,
-                    tooltip="Tiles of so many pixels.",
+                    tooltip="Tiles of so many pixels a side; smaller ones take less memory.",
                 ),
                 io.Int.Input(
-                    "overlap", default=64, min=0, max=4096, step=32, advanced=True, tooltip="Pixels that tiles share."
-                ),
-                io.Int.Input(
-                    "temporal_size",
-                    default=64,
-                    min=8,
-                    max=4096,
-                    step=4,
+                    "overlap",
+                    default=OVERLAP,
+                    min=0,
+                    max=2048,
+                    step=16,
                     advanced=True,
-                    tooltip="Frames decoded at a time, with tiles.",
-                ),
-                io.Int.Input(
-                    "temporal_overlap",
-                    default=8,
-                    min=4,
-                    max=4096,
-                    step=4,
-                    advanced=True,
-                    tooltip="Frames that such pieces share.",
+                    tooltip="Pixels that tiles share, at most half a tile; more of them hide seams better.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="frames", is_output_list=True)],
         )
 
     @classmethod
-    def execute(cls, latent, vae, tiled, tile_size, overlap, temporal_size, temporal_overlap) -> io.NodeOutput:
-        tiles = {
-            "tile_size": tile_size,
-            "overlap": overlap,
-            "temporal_size": temporal_size,
-            "temporal_overlap": temporal_overlap,
-        }
-        return io.NodeOutput(decode_video_clips(vae, latent, **(tiles if tiled else {})))
+    def execute(cls, latent, vae, decoding, tile_size, overlap) -> io.NodeOutput:
+        return io.NodeOutput(decode_video_clips(vae, latent, Decoding(decoding, tile_size, overlap)))
 
 
 class NavaDecodeAudio(io.ComfyNode):

@@ -14,9 +14,14 @@ from .layers import CrossAttention, FeedForward, Kernels, Modulation, SelfAttent
 class Stretch:
     """Tokens of one modality: where they stand, and which timestep each equal group of them has."""
 
-    tokens: slice
+    start: int
+    stop: int
     group: Tensor  # (B, G) index into the distinct timesteps' vectors
     suffix: str  # "" for video, "_audio" for audio
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,15 @@ class PassState:
     attention: object
     kernels: Kernels
     options: object
+    feed_forward: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
+    work: Callable[[nn.Module, Tensor, PassState], Tensor] | None = None  # what does a block's work in its place
 
 
 class Block(nn.Module):
     """Modulated self-attention, cross-attention to the text, modulated feed-forward; each added to its input.
 
-    ``forward(tokens (B, L, dim), state)`` changes ``tokens`` in place and returns them.
+    ``forward(tokens (B, L, dim), state)`` changes ``tokens`` in place and returns them. ``work`` is what it does
+    itself: hooks are around it, and around what the state has in its place.
     """
 
     per_modality = False
@@ -72,20 +80,25 @@ class Block(nn.Module):
         return out
 
     def forward(self, tokens: Tensor, state: PassState) -> Tensor:
+        return self.work(tokens, state) if state.work is None else state.work(self, tokens, state)
+
+    def work(self, tokens: Tensor, state: PassState) -> Tensor:
         vectors = self._vectors(tokens, state)
         split, attention, kernels, options = state.split, state.attention, state.kernels, state.options
 
-        def pick(*indices: int) -> list[tuple]:
-            return [(part, [of_part[index] for index in indices]) for part, of_part in vectors]
-
-        h = kernels.modulated_norm(self.norm1, tokens, pick(0, 1))
+        h = kernels.modulated_norm(self.norm1, tokens, _pick(vectors, 0, 1))
         h = self.self_attn(h, split, state.table, state.self_attention, kernels)
-        tokens = per_stretch(tokens, add_gated_, pick(2), h)
+        tokens = per_stretch(tokens, add_gated_, _pick(vectors, 2), h)
 
         tokens += self.cross_attn(self.norm3(tokens), split, state.context, attention, options)
 
-        h = kernels.modulated_norm(self.norm2, tokens, pick(3, 4))
-        return per_stretch(tokens, add_gated_, pick(5), self.ffn(h))
+        h = kernels.modulated_norm(self.norm2, tokens, _pick(vectors, 3, 4))
+        return per_stretch(tokens, add_gated_, _pick(vectors, 5), state.feed_forward(self.ffn, h))
+
+
+def _pick(vectors: list[tuple[slice, tuple[Tensor, ...]]], *indices: int) -> list[tuple]:
+    """Some of each stretch's six vectors."""
+    return [(part, [of_part[index] for index in indices]) for part, of_part in vectors]
 
 
 class AlignmentBlock(Block):

@@ -82,9 +82,9 @@ def rotary_table(head_dim: int, video_grid: tuple[int, int, int], audio_steps: i
 def rotated(x: Tensor, table: Tensor, heads: int) -> Tensor:
     """``x`` (B, L, heads * head_dim) rotated by ``table`` (L, head_dim / 2, 2), in fp32; returns fp32."""
     pairs = x.float().unflatten(-1, (heads, -1, 2))
-    if torch.compiler.is_compiling():  # it fuses real arithmetic, and has no complex
-        (cos, sin), (a, b) = table[:, None].unbind(-1), pairs.unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(2)
+    if torch.compiler.is_compiling():  # it fuses real arithmetic over both halves of a pair, and has no complex
+        cos, sin = table[:, None].unbind(-1)
+        return (pairs * cos[..., None] + pairs.flip(-1) * torch.stack([-sin, sin], dim=-1)).flatten(2)
     turned = torch.view_as_complex(pairs) * torch.view_as_complex(table)[:, None]
     return torch.view_as_real(turned).flatten(2)
 
@@ -130,7 +130,9 @@ def per_stretch(tokens: Tensor, change_: Callable[..., None], stretches: list[tu
     compiling = torch.compiler.is_compiling()  # it fuses copies away, and fails at writing to slices of its inputs
     changed = []
     for part, vectors in stretches:
-        views = [x[:, part].unflatten(1, (vectors[0].shape[1], -1)) for x in (tokens, *others)]
+        views = []
+        for x in (tokens, *others):  # a comprehension's own scope makes the compiler take slices for constants
+            views.append(x[:, part].unflatten(1, (vectors[0].shape[1], -1)))
         if compiling:
             views[0] = views[0].clone()
         change_(*views, *vectors)
@@ -188,14 +190,18 @@ class Projections(nn.Module):
 
     def per_part(self, x: Tensor, split: int, function: Callable[[str, Tensor], Tensor]) -> Tensor:
         """``function(suffix, tokens)`` over each stretch of ``x`` (B, L, dim) that has weights of its own."""
-        length = x.shape[1]
         if not self.per_modality:
             return function("", x)
-        if split in (0, length):
-            return function(MODALITY_SUFFIXES[split == 0], x)
+        video, audio = MODALITY_SUFFIXES
+        if split == 0:
+            return function(audio, x)
+        if split == x.shape[1]:
+            return function(video, x)
+        if torch.compiler.is_compiling():  # writing to slices would keep both
+            return torch.cat([function(video, x[:, :split]), function(audio, x[:, split:])], dim=1)
         out = torch.empty_like(x)
-        out[:, :split] = function(MODALITY_SUFFIXES[0], x[:, :split])
-        out[:, split:] = function(MODALITY_SUFFIXES[1], x[:, split:])
+        out[:, :split] = function(video, x[:, :split])
+        out[:, split:] = function(audio, x[:, split:])
         return out
 
     def project(self, name: str, suffix: str, x: Tensor) -> Tensor:
@@ -207,6 +213,9 @@ class Projections(nn.Module):
     ) -> Tensor:
         """RMS norm of q or k, and its rotation by ``table``, in place and in pieces: both need fp32 copies."""
         norm = getattr(self, f"norm_{name}{suffix}")
+        if torch.compiler.is_compiling():  # it fuses the copies away, and the number of pieces would be part of a graph
+            piece = norm(x)
+            return x.copy_(piece if table is None else kernels.rotate(piece, table, self.num_heads))
         for start in range(0, x.shape[1], NORM_TOKENS):
             part = slice(start, start + NORM_TOKENS)
             piece = norm(x[:, part])
@@ -247,12 +256,12 @@ class SelfAttention(Projections):
 
     def _positioned(self, name: str, x: Tensor, split: int, table: Tensor, kernels: Kernels) -> Tensor:
         """q or k of all tokens, normalised and rotated."""
-        out = self.per_part(x, split, partial(self.project, name))
-        if not self.per_modality:
-            return self.normalise_(name, "", out, table, kernels)
-        for suffix, part in zip(MODALITY_SUFFIXES, (slice(0, split), slice(split, None)), strict=True):
-            self.normalise_(name, suffix, out[:, part], table[part], kernels)
-        return out
+        tables = {"": table} if not self.per_modality else {"": table[:split], "_audio": table[split:]}
+
+        def positioned(suffix: str, tokens: Tensor) -> Tensor:
+            return self.normalise_(name, suffix, self.project(name, suffix, tokens), tables[suffix], kernels)
+
+        return self.per_part(x, split, positioned)
 
 
 class CrossAttention(Projections):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from .config import BackboneConfig
 from .layers import FEED_FORWARD_TOKENS, NORM_TOKENS
 
+COMPILED_MORE = {2: 2, 4: 4}  # tensors of all tokens' size that a compiled block holds beside those of a plain one
 AUDIO_KERNEL = 7  # of the sound's convolutions over time
 
 # Bytes that attention holds beside q, k, v and its output, for (batch, queries, keys, heads, head_dim, dtype_size).
@@ -30,6 +31,7 @@ def activation_bytes(
     weight_copy_size: int = 0,
     embedding_copy_size: int = 0,
     attention_workspace: AttentionBytes = no_workspace,
+    compiled: bool = False,
 ) -> int:
     """Peak bytes of the live tensors of one pass beside its weights, for ``batch`` samples of ``tokens`` each.
 
@@ -38,16 +40,18 @@ def activation_bytes(
     frames and the audio steps). weight_copy_size: bytes of each value of a block's linear weight that is made anew as
     it is used (dequantised, or cast to another type), 0 where weights are used as they are; embedding_copy_size: the
     same of the weights outside the blocks, of which the sound's convolutions are the largest. attention_workspace:
-    what attention holds beside its inputs and output. Kernels' own workspaces and the allocator's rounding are not
+    what attention holds beside its inputs and output. compiled: whether the blocks run through torch.compile, whose
+    graphs hold more of the tokens' tensors at once (counted with inductor). Kernels' own workspaces and the allocator's rounding are not
     in it.
     """
     copies = weight_copy_size, embedding_copy_size
     phases = _Phases(config, batch, tokens, audio_tokens, dtype_size, copies, attention_workspace)
+    more = tokens * phases.token * COMPILED_MORE[dtype_size] if compiled else 0
     before = max(phases.embedding(), phases.times(timesteps), phases.text())
     vectors = 6 * config.dim * dtype_size * timesteps
     picked = 6 * config.dim * dtype_size * batch * timestep_groups
     table = tokens * config.head_dim // 2 * 8
-    blocks = max(phases.picking(timesteps) + picked // 2, picked + phases.blocks(), picked + phases.output())
+    blocks = max(phases.picking(timesteps) + picked // 2, picked + phases.blocks() + more, picked + phases.output())
     return max(before, table + vectors + blocks)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import AlignmentBlock, FusionBlock, PassState, Stretch
+from .compiled import CompiledBlocks
 from .config import BackboneConfig
 from .layers import (
     OWN_KERNELS,
@@ -97,6 +98,12 @@ class NavaBackbone(nn.Module):
         self.head_audio = Head(dim, config.audio_out_dim, config.eps, operations, **factory)
         self._tables: dict[tuple, Tensor] = {}
         self.token_split: TokenSplit | None = None
+        self.compiled: CompiledBlocks | None = None
+
+    def compile_blocks(self, **options) -> NavaBackbone:
+        """Run the blocks through ``torch.compile``, which ``options`` are for; see :class:`CompiledBlocks`."""
+        self.compiled = CompiledBlocks(**options)
+        return self
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> NavaBackbone:
@@ -205,9 +212,9 @@ class NavaBackbone(nn.Module):
         vectors = self.time_projection(embedding).unflatten(-1, (6, -1))
         stretches = []
         if split:
-            stretches.append(Stretch(slice(0, split), groups[0], ""))
+            stretches.append(Stretch(0, split, groups[0], ""))
         if split < length:
-            stretches.append(Stretch(slice(split, length), groups[1], "_audio"))
+            stretches.append(Stretch(split, length, groups[1], "_audio"))
         state = PassState(
             split=split,
             stretches=tuple(stretches),
@@ -264,6 +271,8 @@ class NavaBackbone(nn.Module):
         return F.pad(context, (0, 0, 0, 1)).scatter(1, place, voices)[:, :-1]
 
     def _run_blocks(self, tokens: Tensor, state: PassState) -> Tensor:
+        if self.compiled is not None:
+            state = self.compiled.prepare(state)
         for kind, blocks in (("double", self.double_blocks), ("single", self.single_blocks)):
             for index, block in enumerate(blocks):
                 tokens = self.run_block(kind, index, block, tokens, state)
@@ -271,7 +280,7 @@ class NavaBackbone(nn.Module):
 
     def run_block(self, kind: str, index: int, block: nn.Module, tokens: Tensor, state: PassState) -> Tensor:
         """One block; a host or a streaming wrapper overrides this to work around it."""
-        return block(tokens, state)
+        return block(tokens, state) if self.compiled is None else self.compiled(block, tokens, state)
 
     def _head_outputs(self, tokens: Tensor, state: PassState, embedding: Tensor) -> dict[str, Tensor]:
         """Velocities token by token, (B, tokens, width) of each modality there is, by its suffix."""

@@ -27,6 +27,8 @@ class FileKind(str, Enum):
     T5 = "t5"
     REDIMNET = "redimnet"
     TAE = "tae"
+    NAVA_LATENTS = "nava_latents"
+    COMFYUI_LATENT = "comfyui_latent"
     EMPTY = "empty"
     HTML = "html"
     TEXT = "text"
@@ -39,6 +41,7 @@ class FileKind(str, Enum):
 
 
 SHOWN_NAMES, SHOWN_LENGTH = 3, 80  # of tensors in a sentence
+CLIP_LATENTS = ("nava_latents.video", "nava_latents.audio")  # the tensors of a clip's latents in a file
 BACKBONES = frozenset({FileKind.NAVA_BACKBONE, FileKind.NAVA_BACKBONE_FP8})
 
 NOUNS = {
@@ -59,6 +62,8 @@ NOUNS = {
     FileKind.T5: "a T5 text encoder that is not umt5",
     FileKind.REDIMNET: "a ReDimNet speaker encoder",
     FileKind.TAE: "a small preview decoder (TAE)",
+    FileKind.NAVA_LATENTS: "the latents of a clip",
+    FileKind.COMFYUI_LATENT: "a latent that ComfyUI saved",
     FileKind.EMPTY: "an empty file",
     FileKind.HTML: "a web page, not a model",
     FileKind.TEXT: "a short text, not a model",
@@ -83,6 +88,8 @@ CHOICES = {
 
 REMEDIES = {
     FileKind.LORA: "apply it to a loaded model with a LoRA loader",
+    FileKind.NAVA_LATENTS: "`nava decode` makes a clip of it",
+    FileKind.COMFYUI_LATENT: "`nava decode` makes a clip of it",
     FileKind.HTML: "the address it came from answered with a page, perhaps for a login or a licence; download it again",
     FileKind.TEXT: "the address it came from answered with a message; download it again",
     FileKind.LFS_POINTER: "run `git lfs pull` where it came from, or download the file itself",
@@ -158,6 +165,10 @@ def _has_audio_vae_and_vocoder(shapes: Mapping[str, tuple[int, ...]], prefix: st
     return all(any(name.startswith(part) for name in shapes) for part in ("audio_vae.", "vocoder."))
 
 
+def _has_clip_latents(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> bool:
+    return any(name in shapes for name in CLIP_LATENTS)
+
+
 _BLOCK = "encoder.block.0.layer.0.SelfAttention"
 _RULES = (
     _Rule(
@@ -187,6 +198,8 @@ _RULES = (
     _Rule(FileKind.T5, (f"{_BLOCK}.q.weight",)),
     _Rule(FileKind.REDIMNET, ("backbone.stage0.0.w", "backbone.stage0.2.weight", "linear.weight")),
     _Rule(FileKind.TAE, ("decoder.1.weight", "decoder.22.bias")),
+    _Rule(FileKind.NAVA_LATENTS, (), _has_clip_latents),
+    _Rule(FileKind.COMFYUI_LATENT, ("latent_tensor",)),
 )
 
 _LORA_MARKS = (

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -52,6 +52,8 @@ def load_backbone(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     changes: Mapping[str, WeightChange] | None = None,
+    in_ram: Collection[str] = (),
+    mapped: bool = False,
 ) -> NavaBackbone:
     """A backbone from a checkpoint of any form (safetensors or torch; fp32, bf16, fp16, fp8), ready to run.
 
@@ -59,7 +61,9 @@ def load_backbone(
     (``Fp8Linear``, the rest bfloat16); ``torch.float8_e4m3fn`` quantises the blocks' Linears on the way in;
     any other floating type converts all to it. Beyond the loaded weights it takes the memory of the tensor
     being read (and of its float32 form where it is quantised). ``changes``, by a weight's name, are made to it on
-    ``device`` as it comes in, such as those of :class:`LoraMerge`.
+    ``device`` as it comes in, such as those of :class:`LoraMerge`. ``in_ram``: beginnings of names (such as
+    "single_blocks.3.") of weights that stay on the CPU. ``mapped``: of those on the CPU, the ones that are in the file
+    as they are wanted stay in its pages, which are the system's cache, and take no memory of the process.
 
     Raises FileNotFoundError, WrongFileError where the file is no backbone, ValueError where it is damaged
     or incomplete.
@@ -71,9 +75,17 @@ def load_backbone(
     problem = _mismatch(model, plan)
     if problem:
         raise WrongFileError(f"{info.path.name} does not fit its own configuration: {problem}; download it again.")
+    device, in_ram = torch.device(device), tuple(in_ram)
+
+    def home(name: str) -> torch.device:
+        return torch.device("cpu") if name.startswith(in_ram) else device
+
+    def is_mapped(name: str) -> bool:
+        return mapped and home(name).type == "cpu"
+
     with open_checkpoint(info) as source:
-        for name, tensor in stream_tensors(source, dtype, changes, device):
-            assign_tensor(model, name, tensor.to(device))
+        for name, tensor in stream_tensors(source, dtype, changes, device, is_mapped):
+            assign_tensor(model, name, tensor.to(home(name)))
     return model.eval()
 
 
@@ -181,17 +193,23 @@ def stream_tensors(
     dtype: torch.dtype | None,
     changes: Mapping[str, WeightChange] | None = None,
     device: torch.device | str = "cpu",
+    is_mapped: Callable[[str], bool] = lambda _: False,
+    only: Container[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of a backbone in the type they are wanted in, one by one; ``dtype`` and ``changes`` as for
-    ``load_backbone``. Changed ones are on ``device``, the others on the CPU."""
+    ``load_backbone``. Changed ones are on ``device``, the others on the CPU; those that stay as they are in the file's
+    pages where ``is_mapped`` says so of their name. ``only``: names of the weights to read, where it is not all of
+    them."""
     tensors, changes = source.tensors, changes or {}
     rest = main_dtype(source.info, dtype)
     for name in source:
-        if _is_used_scale(name, tensors):
+        if _is_used_scale(name, tensors) or (only is not None and name not in only):
             continue
-        value = source.read(name)
-        scale = source.read(name + SCALE) if _is_scaled(name, tensors) else None
         change = changes.get(name)
+        wanted = FP8 if _ends_in_fp8(name, tensors, dtype) else rest
+        stays = change is None and tensors[name].torch_dtype is wanted
+        value = source.map(name) if stays and is_mapped(name) else source.read(name)
+        scale = source.read(name + SCALE) if _is_scaled(name, tensors) else None
         if change is not None:
             value, scale = value.to(device), scale if scale is None else scale.to(device)
         if not _ends_in_fp8(name, tensors, dtype):

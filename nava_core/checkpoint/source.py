@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from types import TracebackType
@@ -37,6 +38,14 @@ class TensorSource:
         """One tensor as it is in the file, on the CPU, in memory of its own. KeyError for an unknown name."""
         raise NotImplementedError
 
+    def map(self, name: str) -> torch.Tensor:
+        """One tensor as it is in the file, on the CPU, in the file's own pages where the system can map them.
+
+        They are its cache: it fills them when they are looked at, and takes them back when memory is short. Also after
+        ``close``, and for as long as the file stays as it is. What is written to the tensor does not reach the file.
+        """
+        return self.read(name)
+
     def close(self) -> None:
         raise NotImplementedError
 
@@ -50,12 +59,15 @@ class TensorSource:
 
 
 class SafetensorsSource(TensorSource):
-    """Reads with plain file access. A mapped file's pages would count as the process's memory, and mapping
-    is slow or refused on network and WSL drives."""
+    """Reads with plain file access: of what is converted or copied to a device, a mapped file's pages would count as
+    the process's memory for nothing, and mapping is slow or refused on network and WSL drives. What stays on the CPU
+    as it is can be mapped, which saves the copy."""
 
     def __init__(self, info: FileInfo) -> None:
         super().__init__(info)
         self._file = info.path.open("rb", buffering=0)
+        self._pages: mmap.mmap | None = None
+        self._mappable = True
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self.tensors[name]
@@ -74,8 +86,25 @@ class SafetensorsSource(TensorSource):
             done += count
         return torch.frombuffer(buffer, dtype=dtype).reshape(tensor.shape)
 
+    def map(self, name: str) -> torch.Tensor:
+        tensor, pages = self.tensors[name], self._map_file()
+        dtype = tensor.torch_dtype
+        if pages is None or dtype is None or not tensor.nbytes or tensor.offset % dtype.itemsize:
+            return self.read(name)
+        return torch.frombuffer(pages, dtype=dtype, count=tensor.numel, offset=tensor.offset).reshape(tensor.shape)
+
+    def _map_file(self) -> mmap.mmap | None:
+        """The file's pages, kept by the tensors made of them; None where the drive cannot be mapped."""
+        if self._pages is None and self._mappable:
+            try:
+                self._pages = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError):
+                self._mappable = False
+        return self._pages
+
     def close(self) -> None:
         self._file.close()
+        self._pages = None
 
 
 class TorchSource(TensorSource):
@@ -92,6 +121,11 @@ class TorchSource(TensorSource):
         if name not in self.tensors:
             raise KeyError(name)
         return self._tensors[self.info.prefix + name].detach().clone(memory_format=torch.contiguous_format)
+
+    def map(self, name: str) -> torch.Tensor:
+        if name not in self.tensors:
+            raise KeyError(name)
+        return self._tensors[self.info.prefix + name].detach().contiguous()
 
     def close(self) -> None:
         self._tensors = {}

@@ -11,16 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .decoding import add_decoding_options
 from .options import (
     MODEL_ROLES,
     Command,
     UsageError,
     add_clip_options,
     add_model_options,
+    add_parallel_options,
     defaults_of,
     ignored_options,
     model_files,
     model_names,
+    parallel_of,
     pipeline_opener,
     portable_opener,
     whole_number,
@@ -40,6 +43,7 @@ DESCRIPTION = """A clip for every line of FILE, the models being loaded once. A 
   image_scale                 as --image-scale
   seed, steps, negative       as the options of those names (negative: a text, "default" or "zero")
   gen_turn                    as --gen-turn
+  save_latents                true: as --save-latents
   preset                      as --preset
   audio_only, video_only      true: a WAV of sound alone, an MP4 of picture alone
   id (or name)                the clip's file name without ending; without it, line number and a hash of the content
@@ -49,10 +53,10 @@ id|words of the recording|recording|words to say, and a WAV of these words in th
 
 Files are sought beside FILE, then in the working directory. Options below hold for lines that say nothing else. A line
 that cannot be used or fails is recorded and the rest goes on. Run the same command again to go on after an
-interruption or a repair: what is finished is skipped, a changed line is made again. A line with the same content as an
-earlier one is not made twice: it refers to that clip, or gets a link to it under its own id. A --lora holds for all
-lines and is part of their content. The models, --device and --dtype are not: clips of other models belong in another
-folder, or --remake.
+interruption or a repair: what is finished is skipped, a changed line is made again, and a clip of which the latents
+were kept is finished from them. A line with the same content as an earlier one is not made twice: it refers to that
+clip, or gets a link to it under its own id. A --lora holds for all lines and is part of their content. The models,
+--device and --dtype are not: clips of other models belong in another folder, or --remake.
 
 FOLDER gets the clips, report.jsonl (every line's fate as it happens) and summary.json (all lines of the last run)."""
 
@@ -61,6 +65,7 @@ EXAMPLES = """examples:
   nava batch clips.jsonl --check                      only say which lines cannot be used
   nava batch clips.jsonl --out drafts --models models --steps 20 --size small
   nava batch clips.jsonl --out clips --models models --workers 4            on four GPUs of this machine
+  nava batch clips.jsonl --out clips --models models --workers 2 --parallel 4   two clips at a time, on four GPUs each
   nava batch clips.jsonl --out clips --models models --cluster 10.0.0.1:6379    on all GPUs of a Ray cluster
 
   {"id": "harbour", "prompt": "A harbour at dawn, gulls cry.", "seconds": 6, "seed": 7}
@@ -83,13 +88,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="takes of every line: ID-0, ID-1 ..., with the line's seed, the next one ... (1)",
     )
+    parser.add_argument(
+        "--save-latents",
+        action="store_true",
+        help="keep every clip's latents beside it, from before they are decoded; `nava decode` makes clips of them",
+    )
     parser.add_argument("--remake", action="store_true", help="make all clips, finished ones too")
     workers = parser.add_argument_group("several GPUs or machines (needs the package ray)")
     workers.add_argument(
         "--workers",
         type=whole_number(1, 4096),
         metavar="N",
-        help="make N clips at a time: a GPU each, or with --device cpu a process each",
+        help="make N clips at a time: a GPU each (with --parallel so many each), or with --device cpu a process",
     )
     workers.add_argument(
         "--cluster",
@@ -101,6 +111,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_clip_options(parser)
     add_model_options(parser)
+    add_decoding_options(parser)
+    add_parallel_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"There is no file {args.file}: give a file of JSON lines.")
     if args.out is None and not args.check:
         raise UsageError("Say where the clips go: --out FOLDER.")
-    defaults = replace(defaults_of(args), gen_turn=args.gen_turn)
+    defaults = replace(defaults_of(args), gen_turn=args.gen_turn, save_latents=args.save_latents)
     check = check_batch(args.file, defaults)
     if not check.lines:
         raise UsageError(f"{args.file} has no lines: a line is one clip.")
@@ -181,20 +193,22 @@ def _makers(args: argparse.Namespace, files: Any, progress: Progress) -> dict[st
     paths = {role: Path(os.path.abspath(path)) for role, path in paths.items() if path is not None}
     if files is not None:
         files = replace(files, **paths)
-    opener = portable_opener(args, files, device, keep_loaded=_keep_loaded(args, files, args.workers or 1))
+    parallel = None if files is None else parallel_of(args, files, None)
+    opener = portable_opener(args, files, device, parallel, keep_loaded=_keep_loaded(args, files, args.workers or 1))
     models = (*paths.values(), *(path for path, _ in args.lora))
-    runner = partial(WorkersRunner, count=args.workers, address=address, gpus=gpus, models=models)
+    sharing = None if parallel is None else parallel.workers
+    runner = partial(WorkersRunner, count=args.workers, address=address, gpus=gpus, sharing=sharing, models=models)
     return {"open_pipeline": opener, "make_runner": runner}
 
 
 def _keep_loaded(args: argparse.Namespace, files: Any, processes: int = 1) -> bool:
     """As asked for; else whether all models, in every process, take no more than half of the memory that is free."""
+    from ..ram import free_ram
+
     if args.keep_loaded is not None or files is None:
         return bool(args.keep_loaded)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
+    free = free_ram()
+    if free is None:
         return False
     paths = [getattr(files, role) for role in MODEL_ROLES if role != "tokenizer"]
     return sum(path.stat().st_size for path in paths if path is not None) * processes <= free / 2
@@ -244,7 +258,8 @@ class _Watcher:
         for warning in outcome.warnings if outcome.status in ("made", "failed") else ():
             self.progress.say(f"{_place(outcome)}: note: {warning}")
         if outcome.status == "made":
-            self.progress.say(f"{_place(outcome)}: {outcome.file} in {format_duration(outcome.seconds)}")
+            how = ", from the latents that were kept" if outcome.from_latents else ""
+            self.progress.say(f"{_place(outcome)}: {outcome.file} in {format_duration(outcome.seconds)}{how}")
         elif outcome.status == "failed":
             self.progress.say(f"{_place(outcome)}: failed: {outcome.error}")
         if self.several and self.total:

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("nava-demo"), metavar="FOLDER", help="where to (default: nava-demo)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
-    parser.set_defaults(dtype="auto", vae_dtype="auto", lora=[])
+    parser.set_defaults(dtype="auto", vae_dtype="auto", lora=[], compile=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
     job = make_job(PROMPT, defaults=Defaults(seconds=SECONDS, size=SIZE, steps=STEPS))
     progress.begin("Denoising")
     try:
-        clip = pipeline(**job.request(), callback=progress.step)
+        latents = pipeline.denoise(**job.request(), callback=progress.step)
     finally:
         progress.end()
     target = folder / "clip.mp4"
-    clip.save(target)
+    pipeline.save(latents, target)
     print(target)
     progress.say(next_steps())
     return 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from .decoding import add_decoding_options
 from .options import (
     Command,
     UsageError,
@@ -19,8 +19,8 @@ from .options import (
     ignored_options,
     model_files,
     pipeline_opener,
-    writable_folder,
 )
+from .outputs import LATENTS, clip_target, free_name, latents_target, report_lines
 from .progress import Progress
 
 DESCRIPTION = """One clip: an MP4 with picture and sound, an MP4 without sound (--video-only) or a 48 kHz WAV
@@ -32,6 +32,7 @@ EXAMPLES = """examples:
   nava generate "A man asks <S>Ready?<E>, a woman answers <S>Ready.<E>" --models models \\
        --voice 1=man.wav --voice 2=woman.wav --seconds 8 --size portrait --seed 7
   nava generate "A bell rings." --models models --lora few_steps.safetensors:0.9 --preset distilled
+  nava generate "A ship's horn, far off." --models models --memory 6GB        on a small GPU, or beside other programs
   nava generate "A radio voice says <S>It is eight o'clock.<E>" --models models --audio-only --seconds 4"""
 
 BOUND = re.compile(r"(\d+(?:,\d+)*)=(.+)", re.DOTALL)
@@ -52,15 +53,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the file to write, .mp4 or .wav (default: a new nava_SEED.mp4 here)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace --out where it is there")
+    parser.add_argument(
+        "--save-latents",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="keep the latents, from before they are decoded, in a .safetensors file (default: beside the clip), of "
+        "which `nava decode` makes the clip again",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     add_clip_options(parser)
     add_model_options(parser)
+    add_decoding_options(parser)
     add_parallel_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     job = _job(args)
-    target = _target(args, job.suffix)
+    target = clip_target(args, job.suffix, f"nava_{args.seed}")
+    kept = latents_target(args, target)
     files = model_files(args)
     progress = Progress()
     for note in ignored_options(args):
@@ -68,15 +79,34 @@ def run(args: argparse.Namespace) -> int:
     pipeline = pipeline_opener(args, files, progress.say)()
     progress.begin("Denoising")
     try:
-        clip = pipeline(**job.request(), callback=progress.step)
+        latents = pipeline.denoise(**job.request(), callback=progress.step)
     finally:
         progress.end()
     target.parent.mkdir(parents=True, exist_ok=True)
-    clip.save(target)
-    for line in report_lines(clip):
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        latents.save(kept)
+        progress.say(f"The latents are in {kept}.")
+    _decode(pipeline, latents, target, kept, progress)
+    for line in report_lines(latents):
         progress.say(line)
     print(target)
     return 0
+
+
+def _decode(pipeline: Any, latents: Any, target: Path, kept: Path | None, progress: Progress) -> None:
+    """Writes the clip; where that fails, its latents are kept, unless they are already."""
+    progress.begin("Decoding", "pass")
+    try:
+        pipeline.save(latents, target, callback=progress.step)
+    except Exception:
+        progress.end()
+        if kept is None:
+            kept = latents.save(free_name(target.parent, target.stem, LATENTS))
+        progress.say(f"The clip was not decoded, but its latents are in {kept}: `nava decode` makes the clip of them.")
+        raise
+    finally:
+        progress.end()
 
 
 def _job(args: argparse.Namespace) -> Any:
@@ -125,29 +155,6 @@ def _voices(given: list[str]) -> tuple[list[str], dict[int, int] | None]:
                 raise UsageError(f"--voice: span {number} has two voices; a span has one.")
             bindings[int(number) - 1] = index
     return [match[2] for match in found], bindings
-
-
-def _target(args: argparse.Namespace, suffix: str) -> Path:
-    if args.out is None:
-        folder = writable_folder(Path.cwd())
-        names = (f"nava_{args.seed}{count}{suffix}" for count in ("", *(f"_{n}" for n in range(2, 100_000))))
-        return next(folder / name for name in names if not (folder / name).exists())
-    target = Path(os.path.abspath(args.out))
-    if target.is_dir():
-        raise UsageError(f"--out: {target} is a folder: give the file to write in it.")
-    if target.suffix.lower() != suffix:
-        raise UsageError(f"--out: this clip is written as {suffix}: name it {target.stem}{suffix}.")
-    if target.exists() and not args.overwrite:
-        raise UsageError(f"--out: {target} is already there: give another name, or --overwrite.")
-    writable_folder(target.parent)
-    return target
-
-
-def report_lines(clip: Any) -> list[str]:
-    """What the pipeline reports of a clip, a line each; none where it was a warning, which has been said."""
-    if clip.report in clip.warnings:
-        return []
-    return [line for line in clip.report.splitlines() if line.strip()]
 
 
 COMMANDS = [Command("generate", "make one clip", DESCRIPTION, EXAMPLES, add_options, run)]

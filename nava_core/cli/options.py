@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ SCALES = {
     "audio_align": "how closely the sound follows the picture (2)",
     "audio_timbre": "how closely speech follows the reference voices (3)",
 }
+PLACED = ("encoder_device", "vae_device")  # options that put a part on a device of its own
 SIZE = re.compile(r"(\d{1,5})[xX×](\d{1,5})")
 
 
@@ -149,32 +150,52 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "also for the video VAE",
     )
     group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the backbone's blocks (torch.compile): minutes at the first step, then quicker ones",
+    )
+    group.add_argument(
         "--vae-dtype",
         default="auto",
         choices=["auto", *(name for name in DTYPES if name != "fp8")],
         help="type that the video VAE decodes in, if not that of --dtype; fp32 as the makers do takes twice the memory",
     )
+    add_memory_option(group)
+    group.add_argument(
+        "--encoder-device", metavar="DEVICE", help="another device for the text encoder: cpu, cuda:1 ..."
+    )
+    group.add_argument("--vae-device", metavar="DEVICE", help="another device for both VAEs: cpu, cuda:1 ...")
 
 
-def model_files(args: argparse.Namespace) -> Any:
-    """``ModelFiles`` from --models and the single files, which come before it."""
+def add_memory_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--memory",
+        metavar="AMOUNT",
+        help="what may be taken of the GPU: 6GB, 80%%, ...; what does not fit is streamed from RAM, or done in parts "
+        "or on the CPU (default: what is free)",
+    )
+
+
+def model_files(args: argparse.Namespace, needed: Sequence[str] | None = None) -> Any:
+    """``ModelFiles`` from --models and the single files, which come before it; with ``needed`` of these roles alone."""
     from ..pipeline import ModelFiles, find_model_files
 
-    options = {role: f"--{role.replace('_', '-')}" for role in MODEL_ROLES}
-    given = {role: getattr(args, role) for role in MODEL_ROLES if getattr(args, role) is not None}
+    roles, needed = (tuple(MODEL_ROLES), NEEDED_ROLES) if needed is None else (needed, needed)
+    options = {role: f"--{role.replace('_', '-')}" for role in roles}
+    given = {role: getattr(args, role) for role in roles if getattr(args, role) is not None}
     for role, path in given.items():
         if not path.exists():
             raise UsageError(f"{options[role]}: there is no {path}.")
-    missing = [role for role in NEEDED_ROLES if role not in given]
+    missing = [role for role in needed if role not in given]
     if args.models is None:
         if missing:
-            needed = ", ".join(options[role] for role in missing)
-            raise UsageError(f"Say where the models are: --models FOLDER, or the single files {needed}.")
+            singles = ", ".join(options[role] for role in missing)
+            raise UsageError(f"Say where the models are: --models FOLDER, or the single files {singles}.")
         return ModelFiles(**given)
     if not args.models.is_dir():
         raise UsageError(f"--models: there is no folder {args.models}.")
     try:
-        return find_model_files(args.models, **given)
+        return find_model_files(args.models, roles=roles, **given)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"--models: {error} Single files are given with {', '.join(options.values())}.") from None
 
@@ -199,11 +220,11 @@ def pipeline_opener(
     opener = args.open_pipeline or NavaPipeline.from_files
     device, options = device_of(args), types_of(args)
     parallel = parallel_of(args, files, device.type)
-    if parallel is not None and args.lora:
-        raise UsageError("--lora: LoRAs are not merged in the workers of --parallel: leave out one of them.")
+    options |= placement_of(args, device, parallel)
     if parallel is not None:
         options["parallel"] = parallel
-    return lambda: opener(files, device=device, say=say, keep_loaded=keep_loaded, loras=args.lora, **options)
+    more = {"loras": args.lora, "compile": args.compile, **options}
+    return lambda: opener(files, device=device, say=say, keep_loaded=keep_loaded, **more)
 
 
 def add_parallel_options(parser: argparse.ArgumentParser) -> None:
@@ -229,8 +250,9 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parallel_of(args: argparse.Namespace, files: Any, device: str) -> Any:
-    """``Parallel`` from --parallel and its like, checked; None without. Raises UsageError."""
+def parallel_of(args: argparse.Namespace, files: Any, device: str | None) -> Any:
+    """``Parallel`` from --parallel and its like, checked; None without. ``device`` None: one that is found elsewhere.
+    Raises UsageError."""
     from ..parallel import Parallel
 
     workers = getattr(args, "parallel", None)
@@ -239,21 +261,27 @@ def parallel_of(args: argparse.Namespace, files: Any, device: str) -> Any:
             raise UsageError("--layout and --weights are for several workers: give --parallel N too.")
         return None
     parallel = Parallel(workers, args.layout, args.weights)
+    if args.compile and parallel.weights == "sharded":
+        raise UsageError("--compile: sharded weights come block by block, which cannot be compiled: leave out one.")
     try:
-        parallel.check(files.backbone, device)
+        parallel.check(files.backbone, device or "cpu")
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"--parallel: {error}") from None
     return parallel
 
 
 def portable_opener(
-    args: argparse.Namespace, files: Any, device: str | None, *, keep_loaded: bool = False
+    args: argparse.Namespace, files: Any, device: str | None, parallel: Any = None, *, keep_loaded: bool = False
 ) -> Callable[[], Callable[..., Any]]:
     """As ``pipeline_opener``, to be called in another process: ``device`` (None: what is there) is sought there."""
     from ..pipeline import NavaPipeline
 
     opener = args.open_pipeline or NavaPipeline.from_files
-    return partial(opener, files, device=device, keep_loaded=keep_loaded, loras=args.lora, **types_of(args))
+    options = {**types_of(args), **_placement_in_workers(args, device, parallel)}
+    if parallel is not None:
+        options["parallel"] = parallel
+    more = {"loras": args.lora, "compile": args.compile, **options}
+    return partial(opener, files, device=device, keep_loaded=keep_loaded, **more)
 
 
 def device_of(args: argparse.Namespace) -> Any:
@@ -266,12 +294,57 @@ def device_of(args: argparse.Namespace) -> Any:
         raise UsageError(f"--device: {error}") from None
 
 
+def placement_of(args: argparse.Namespace, device: Any, parallel: Any = None) -> dict[str, Any]:
+    """--memory, --encoder-device and --vae-device, checked, as far as they were given. Raises UsageError."""
+    from ..pipeline import check_memory, choose_device
+
+    given = _given_places(args)
+    try:
+        check_memory(given.get("memory"), device, parallel)
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}") from None
+    for name in set(PLACED) & set(given):
+        try:
+            given[name] = choose_device(given[name])
+        except ValueError as error:
+            raise UsageError(f"--{name.replace('_', '-')}: {error}") from None
+    return given
+
+
+def _placement_in_workers(args: argparse.Namespace, device: str | None, parallel: Any = None) -> dict[str, Any]:
+    """The same for workers, each of which has one GPU or none. Raises UsageError."""
+    from ..offload import check_amount
+
+    given = _given_places(args)
+    for name in PLACED:
+        if given.get(name, "cpu") != "cpu":
+            raise UsageError(f"--{name.replace('_', '-')} {given[name]}: a worker has one GPU, so say cpu.")
+    if "memory" in given:
+        if parallel is not None:
+            raise UsageError("--memory: it is for one GPU, and --parallel has several: leave out one of them.")
+        if device == "cpu":
+            raise UsageError("--memory: it is for GPUs, and the workers work on the CPU: leave it out.")
+        try:
+            check_amount(given["memory"])
+        except ValueError as error:
+            raise UsageError(f"--memory: {error}") from None
+    return given
+
+
+def _given_places(args: argparse.Namespace) -> dict[str, str]:
+    options = {name: getattr(args, name, None) for name in ("memory", *PLACED)}
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def types_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The torch types of --dtype and --vae-dtype, None for auto."""
+    """The torch types of --dtype and --vae-dtype, None for auto, and how pictures are decoded."""
     import torch
 
+    from .decoding import decoding_of
+
     names = {"dtype": args.dtype, "vae_dtype": args.vae_dtype}
-    return {key: None if name == "auto" else getattr(torch, DTYPES[name]) for key, name in names.items()}
+    types = {key: None if name == "auto" else getattr(torch, DTYPES[name]) for key, name in names.items()}
+    return {**types, "decoding": decoding_of(args) if hasattr(args, "decoding") else None}
 
 
 # --- how a clip is made ------------------------------------------------------------------------------------------

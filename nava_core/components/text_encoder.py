@@ -6,7 +6,7 @@ Takes ComfyUI's files (fp16, scaled fp8; the tokenizer inside) and the makers' `
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from .weights import fill, need, recognised, shapes_of
 SPIECE = "spiece_model"  # the tensor that holds the tokenizer in ComfyUI's files
 SCALES = (".scale_weight", ".weight_scale")  # of scaled fp8, one fp32 number a matrix
 EMBEDDING = "shared.weight"
+BLOCK = "encoder.block."  # what the names of a block's tensors begin with, before its number
 
 
 class TextEncoder(nn.Module):
@@ -38,8 +39,26 @@ class TextEncoder(nn.Module):
         shared = self.network.shared
         if not ids or not 0 <= min(ids) <= max(ids) < shared.num_embeddings:
             raise ValueError(f"Token ids must lie within 0..{shared.num_embeddings - 1}; the tokenizer does not fit.")
-        tokens = torch.tensor([list(ids)], device=shared.weight.device)
-        return self.network(input_ids=tokens).last_hidden_state.float().cpu()
+        rows = shared(torch.tensor([list(ids)], device=shared.weight.device))
+        encoder = self.network.encoder
+        rows = rows.to(encoder.final_layer_norm.weight.device)
+        return encoder(inputs_embeds=rows).last_hidden_state.float().cpu()
+
+    def encode_bytes(self, tokens: int) -> int:
+        """An estimate of the memory that encoding ``tokens`` takes beside the weights."""
+        config = self.network.config
+        dimensions = (config.d_model, config.d_kv, config.d_ff, config.num_layers, config.num_heads, config.vocab_size)
+        return encode_bytes(UMT5Config(*dimensions), tokens)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Its layers, in their order."""
+        return list(self.network.encoder.block)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """What stays on the CPU wherever the rest works: of its 2 GB a few rows are used."""
+        return self.network.shared
 
 
 class StoredLinear(nn.Module):
@@ -92,8 +111,17 @@ def load_tokenizer(path: str | os.PathLike | FileInfo, folder: str | os.PathLike
     )
 
 
-def load_text_encoder(path: str | os.PathLike | FileInfo, *, device: torch.device | str = "cpu") -> TextEncoder:
+def load_text_encoder(
+    path: str | os.PathLike | FileInfo,
+    *,
+    device: torch.device | str = "cpu",
+    in_ram: Collection[int] = (),
+    mapped: bool = False,
+) -> TextEncoder:
     """A umt5 encoder of any size, its weights moved to ``device`` one by one in the file's own type.
+
+    The embedding, of which a few rows are used, and the blocks of the numbers ``in_ram`` stay on the CPU. ``mapped``:
+    what is on the CPU stays in the file's pages, which are the system's cache, and takes no memory of the process.
 
     Raises FileNotFoundError, WrongFileError for another file or an incomplete one, RuntimeError where transformers is
     not installed.
@@ -102,8 +130,13 @@ def load_text_encoder(path: str | os.PathLike | FileInfo, *, device: torch.devic
     config, names = text_encoder_config(info), _names(info)
     scales = {old: scale for old in names if (scale := _scale_of(old, info))}
     network = _network(config, {names[old] for old in scales})
+    stay = (EMBEDDING, *(f"{BLOCK}{index}." for index in in_ram))
+
+    def home(name: str) -> torch.device:
+        return torch.device("cpu" if name.startswith(stay) else device)
+
     with open_checkpoint(info) as source:
-        fill(network, _tensors(source, names, scales, device), info.path.name)
+        fill(network, _tensors(source, names, scales, home, mapped), info.path.name)
     _tie(network)
     return TextEncoder(network).eval().requires_grad_(False)
 
@@ -115,6 +148,28 @@ def text_encoder_config(info: FileInfo) -> UMT5Config:
         return UMT5Config.from_shapes({new: shapes[old] for old, new in _names(info).items()})
     except ValueError as error:
         raise WrongFileError(f"{info.path.name}: {error}") from None
+
+
+def text_encoder_weights(info: FileInfo) -> tuple[int, tuple[int, ...]]:
+    """Bytes of a umt5 file's weights in memory, without the embedding's: beside the blocks, and of each block."""
+    blocks = [0] * text_encoder_config(info).num_layers
+    rest = 0
+    for old, new in _names(info).items():
+        tensor = info.model_tensors[old]
+        size = tensor.numel * torch.float32.itemsize if _is_small(new) else tensor.nbytes
+        if new.startswith(BLOCK):
+            blocks[int(new.removeprefix(BLOCK).partition(".")[0])] += size
+        elif new != EMBEDDING:
+            rest += size
+    return rest, tuple(blocks)
+
+
+def encode_bytes(config: UMT5Config, tokens: int) -> int:
+    """An estimate of the memory that encoding ``tokens`` takes beside the weights: the fp32 form of the largest one,
+    twice where it is scaled, the scores of the attention, and the hidden layer of the feed-forward."""
+    largest = 2 * config.d_model * config.d_ff
+    scores = 4 * config.num_heads * tokens**2
+    return (largest + scores + 4 * tokens * config.d_ff) * torch.float32.itemsize
 
 
 def _names(info: FileInfo) -> dict[str, str]:
@@ -158,18 +213,29 @@ def _tie(network: nn.Module) -> None:
 
 
 def _tensors(
-    source: TensorSource, names: dict[str, str], scales: dict[str, str], device: torch.device | str
+    source: TensorSource,
+    names: dict[str, str],
+    scales: dict[str, str],
+    home: Callable[[str], torch.device],
+    mapped: bool,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for old in source:
         if old not in names:
             continue
-        new, tensor = names[old], source.read(old)
-        layer = new.removesuffix(".weight")
+        new = names[old]
+        layer, device = new.removesuffix(".weight"), home(new)
+        tensor = source.map(old) if mapped and device.type == "cpu" else source.read(old)
         if new == EMBEDDING:
             yield new, tensor.to(device)
-        elif "norm" in layer.rsplit(".", 1)[-1] or layer.endswith("relative_attention_bias"):
-            yield new, tensor.to(device, torch.float32)  # small, and what the encoder reads its types from
+        elif _is_small(new):
+            yield new, tensor.to(device, torch.float32)  # what the encoder reads its types from
         else:
             yield f"{layer}.stored", tensor.to(device)
             if old in scales:
                 yield f"{layer}.scale", source.read(scales[old]).to(device, torch.float32).reshape(())
+
+
+def _is_small(name: str) -> bool:
+    """Whether a tensor, by transformers' name, is kept in fp32: norms and relative positions."""
+    layer = name.removesuffix(".weight")
+    return "norm" in layer.rsplit(".", 1)[-1] or layer.endswith("relative_attention_bias")

@@ -1,5 +1,7 @@
 """The Wan2.2 video VAE through diffusers: the original file's names mapped to diffusers', dimensions from its tensors.
 
+Frames are decoded as they come, in the forms of :mod:`nava_core.decoding`.
+
 diffusers' own converter for single files knows only Wan2.1's and looks its configuration up online; this one reads the
 file alone, at any width.
 """
@@ -9,24 +11,36 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from ..checkpoint import FileInfo, FileKind, TensorSource, WrongFileError, open_checkpoint
+from ..decoding import (
+    PATCH,
+    WHOLE,
+    DecodeForm,
+    DecoderCounts,
+    FrameMemory,
+    Step,
+    collect,
+    in_single_frames,
+    pixels_of,
+    stream_frames,
+    wide_level,
+    with_memory,
+)
 from ..explain import TooLittleMemoryError
-from ..geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VIDEO_CHANNELS, frames_of_latents
+from ..geometry import PIXELS_PER_LATENT, VIDEO_CHANNELS, frames_of_latents
 from .weights import fill, need, recognised, shapes_of
 
-PATCH = 2  # pixels a side that the VAE folds into channels before its first layer
-# What a decode holds at its peak, beside workspaces: tensors of 4 frames at full resolution and width, and copies of
-# the whole picture, which grows by one latent frame at a time.
-DECODE_TENSORS, DECODE_PICTURES = 30, 3
+# Of diffusers' decoder, counted tensor by tensor at the released width, in either type
+COUNTS = DecoderCounts(whole=21.1, single=13.8, in_ram=7.85, remembered=6.97)
 # Values that an encode of one frame, and of more, is given room for: for each pixel of a frame and each channel of the
 # first layer. Counted are 3 and 11; the rest is for workspaces.
 ENCODE_VALUES, ENCODE_CLIP_VALUES = 6, 21
 ENCODING_HALF = ("encoder.", "conv1.")  # of the file's tensors
-TILE, TILE_STRIDE = 512, 448  # pixels
 
 
 class VideoVAE(nn.Module):
@@ -66,39 +80,55 @@ class VideoVAE(nn.Module):
             "the CPU."
         )
 
-    @torch.no_grad()
-    def decode(self, latent: torch.Tensor, *, tiled: bool = False) -> torch.Tensor:
+    def decode(self, latent: torch.Tensor, form: DecodeForm = WHOLE, step: Step | None = None) -> torch.Tensor:
         """Latent (1, 48, T, H, W) -> frames (4 T - 3, 16 H, 16 W, 3) in 0..1, fp32 on the CPU.
 
-        ``tiled`` works on overlapping tiles of 512 pixels, which takes less memory and a little more time.
+        Whole frames by default, bit for bit what diffusers decodes. ``form`` and ``step`` as for :meth:`stream`.
+        """
+        return collect(self.stream(latent, form, step), frames_of_latents(latent.shape[2]))
+
+    def stream(
+        self, latent: torch.Tensor, form: DecodeForm = WHOLE, step: Step | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Latent (1, 48, T, H, W) -> its frames in 0..1, fp32 on the CPU, in parts (f, 16 H, 16 W, 3) as they come.
+
+        Memory is constant in T: see :func:`stream_frames`. Raises ValueError for another shape.
         """
         if latent.ndim != 5 or latent.shape[:2] != (1, VIDEO_CHANNELS):
             raise ValueError(
                 f"A video latent is (1, {VIDEO_CHANNELS}, frames, height, width); got {tuple(latent.shape)}."
             )
-        if tiled:
-            self.network.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
-        self.network.use_tiling = tiled
+        return stream_frames(_Decoder(self.network), latent, form, step)
+
+    @contextmanager
+    def on_cpu(self) -> Iterator[None]:
+        """Has the VAE on the CPU for the time of the block, decoding in fp32, and leaves it there in its own type."""
+        dtype = self._dtype
+        self.to("cpu")
+        self.network.decoder.float()
+        self.network.post_quant_conv.float()
         try:
-            decoded = self.network.decode(latent.to(self._device, self._dtype)).sample[0]
+            yield
         finally:
-            self.network.clear_cache()
-        frames = torch.empty(*decoded.shape[1:], 3)
-        frames.copy_(decoded.movedim(0, -1))
-        return frames.add_(1).div_(2).clamp_(0, 1)
+            self.network.decoder.to(dtype)
+            self.network.post_quant_conv.to(dtype)
 
     def encode_bytes(self, shape: tuple[int, ...]) -> int:
         """An estimate of the memory that encoding frames of ``shape`` (F, H, W, 3) takes beside the weights."""
         values = ENCODE_VALUES if shape[0] == 1 else ENCODE_CLIP_VALUES
         return values * shape[1] * shape[2] * self.network.config.base_dim * torch.float32.itemsize
 
-    def decode_bytes(self, shape: tuple[int, ...]) -> int:
-        """An estimate of the memory that decoding a whole latent of ``shape`` takes beside the weights."""
-        frames, height, width = shape[-3:]
-        pixels = height * width * PIXELS_PER_LATENT**2
-        widest = FRAMES_PER_LATENT * pixels // PATCH**2 * self.network.config.decoder_base_dim
-        picture = frames_of_latents(frames) * 3 * pixels
-        return (DECODE_TENSORS * widest + DECODE_PICTURES * picture) * self._dtype.itemsize
+    def decode_bytes(self, shape: tuple[int, ...], form: DecodeForm = WHOLE) -> int:
+        """An estimate of the memory that decoding a latent of ``shape`` takes on the device beside the weights."""
+        return COUNTS.device_bytes(form, *shape[-2:], self._width, torch.float32 if form.on_cpu else self._dtype)
+
+    def decode_ram(self, shape: tuple[int, ...], form: DecodeForm) -> int:
+        """An estimate of the RAM that decoding on a GPU takes beside the frames that are handed out."""
+        return COUNTS.ram_bytes(form, shape, self._width, self._dtype)
+
+    @property
+    def _width(self) -> int:
+        return self.network.config.decoder_base_dim
 
     @property
     def _device(self) -> torch.device:
@@ -107,6 +137,46 @@ class VideoVAE(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.network.decoder.parameters()).dtype
+
+
+class _Decoder:
+    """diffusers' decoder, a latent frame at a time."""
+
+    counts = COUNTS
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.width = network, network.config.decoder_base_dim
+        parameter = next(network.decoder.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    def begin(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.network.post_quant_conv(latent.to(self.device, self.dtype)).to(latent.device)
+
+    def frames(self, latent: torch.Tensor, memory: FrameMemory, *, first: bool, single: bool) -> torch.Tensor:
+        latent, decoder = latent.to(self.device), self.network.decoder
+        if single and not first:
+            channels = in_single_frames(self._levels(), wide_level(decoder.temperal_upsample), latent, memory)
+        else:
+            channels = decoder(latent, feat_cache=memory, feat_idx=[0], first_chunk=first)
+        part = pixels_of(channels.clamp_(-1, 1))
+        return torch.empty(part.shape).copy_(part).add_(1).div_(2).clamp_(0, 1)
+
+    def _levels(self) -> list:
+        """in_single_frames' levels: what comes before time is doubled is with the first of them."""
+        decoder = self.network.decoder
+        first, *others = decoder.up_blocks
+
+        def begin(latent, memory, number):
+            middle = decoder.mid_block(with_memory(decoder.conv_in, latent, memory, number), memory, number)
+            return first(middle, memory, number)
+
+        *blocks, last = others
+
+        def end(latent, memory, number):
+            normed = decoder.nonlinearity(decoder.norm_out(last(latent, memory, number)))
+            return with_memory(decoder.conv_out, normed, memory, number)
+
+        return [begin, *blocks, end]
 
 
 def load_video_vae(
@@ -122,13 +192,18 @@ def load_video_vae(
     another file or an incomplete one, RuntimeError where diffusers is not installed.
     """
     info = recognised(path, FileKind.WAN22_VAE)
+    vae = empty_video_vae(info)
+    with open_checkpoint(info) as source:
+        fill(vae.network, _tensors(source, device, dtype), info.path.name)
+    return vae.eval().requires_grad_(False)
+
+
+def empty_video_vae(info: FileInfo, dtype: torch.dtype = torch.float32) -> VideoVAE:
+    """The VAE of a file without memory for its weights: to be filled, or asked what its work takes."""
     config = video_vae_config(shapes_of(info), info.path.name)
     diffusers = need("diffusers", "The video VAE")
     with torch.device("meta"):
-        network = diffusers.AutoencoderKLWan(**config)
-    with open_checkpoint(info) as source:
-        fill(network, _tensors(source, device, dtype), info.path.name)
-    return VideoVAE(network).eval().requires_grad_(False)
+        return VideoVAE(diffusers.AutoencoderKLWan(**config)).to(dtype)
 
 
 def _tensors(

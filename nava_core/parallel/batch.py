@@ -8,6 +8,7 @@ here. A worker that ends is replaced, and its clip goes to another.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shutil
 import socket
@@ -19,16 +20,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..batch import Failed, Made, Runner, Task, Watcher, failure_of
+from ..batch import Failed, Made, Runner, Task, Watcher, failure_of, make_clip
 from ..explain import explain
 from ..jobs import Job
 from .cluster import WORKER_ENVIRONMENT, ClusterError, code_version, connected
+from .workers import OWNER, LostWorkerError
 
 ATTEMPTS = 3  # of a clip whose worker ends
 START_SECONDS = 300.0  # for a worker to appear
 POLL_SECONDS = 0.5
 
 Inputs = dict[Path, bytes]
+Result = tuple[Made | Failed, bytes, bytes | None]  # of a clip, its file's bytes and its latents'
 
 
 class BatchWorker:
@@ -58,25 +61,33 @@ class BatchWorker:
             return _for_the_road(Failed(explain(error), fatal=error, models=True), {})
         return None
 
-    def make(self, job: Job, inputs: Inputs, name: str, scratch: str | None) -> tuple[Made | Failed, bytes]:
-        """A clip: how it went, and its file's bytes."""
+    def make(self, task: Task, inputs: Inputs, kept: bytes | None, scratch: str | None) -> Result:
+        """A clip: how it went, None where one of the workers that share it was lost; its file's bytes, and those of its
+        latents where they are to be kept and were not ``kept`` already."""
         folder = Path(tempfile.mkdtemp(prefix="nava-clip-", dir=scratch))
         try:
-            local, names = _with_local_inputs(job, inputs, folder)
-            result = self._made(local, folder / name)
-            data = (folder / name).read_bytes() if isinstance(result, Made) else b""
-            return _for_the_road(result, names), data
+            job, names = _with_local_inputs(task.job, inputs, folder)
+            local = replace(task, job=job, path=folder / task.path.name, latents=folder / "kept" / task.latents.name)
+            local.latents.parent.mkdir()
+            if kept is not None:
+                local.latents.write_bytes(kept)
+            try:
+                result = self._made(local)
+            except LostWorkerError:
+                return None, b"", None
+            data = local.path.read_bytes() if isinstance(result, Made) else b""
+            new = kept is None and local.latents.is_file()
+            return _for_the_road(result, names), data, local.latents.read_bytes() if new else None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _made(self, job: Job, path: Path) -> Made | Failed:
-        start = time.monotonic()
+    def _made(self, task: Task) -> Made | Failed:
         try:
-            clip = self.pipeline(**job.request(), callback=lambda *_: None)
-            clip.save(path)
+            return make_clip(self.pipeline, task, lambda *_: None)
+        except LostWorkerError:
+            raise
         except Exception as error:
-            return failure_of(error, job)
-        return Made(time.monotonic() - start, tuple(getattr(clip, "warnings", ())))
+            return failure_of(error, task.job)
 
 
 def _with_local_inputs(job: Job, inputs: Inputs, folder: Path) -> tuple[Job, dict[str, str]]:
@@ -118,22 +129,24 @@ def _bare(error: BaseException) -> BaseException:
 
 @dataclass(eq=False)
 class _Worker:
-    """An actor as the batch knows it."""
+    """An actor as the batch knows it. ``places``: what is reserved for it and the workers that share its clips."""
 
     actor: Any
     since: float
+    places: Any = None
     ready: bool = False
     task: Task | None = None
 
 
 class WorkersRunner(Runner):
-    """Makes clips on ``count`` workers (None: one a GPU of the cluster, or one a machine where it has none).
+    """Makes clips on ``count`` workers (None: as many as the cluster has GPUs for, or one a machine where it has none).
 
     ``address``: of a cluster, None for workers on this machine. ``gpus``: of each worker, 0 for one on the CPU, None
-    for one where there are any. ``models``: files and folders that every worker's machine must have. ``open_pipeline``
-    is sent to them. Raises RuntimeError where Ray is missing; ClusterError, before anything is loaded, where there is
-    no cluster or it has fewer places than workers, or a worker runs another version of this code or lacks a file; then
-    what ``open_pipeline`` raises.
+    for one where there are any. ``sharing``: how many workers make each clip together (``Parallel.workers`` of the
+    pipeline); their places are reserved as one group, on one machine where it has them. ``models``: files and folders
+    that every worker's machine must have. ``open_pipeline`` is sent to them. Raises RuntimeError where Ray is missing;
+    ClusterError, before anything is loaded, where there is no cluster or it has fewer places than workers, or a worker
+    runs another version of this code or lacks a file; then what ``open_pipeline`` raises.
     """
 
     def __init__(
@@ -144,9 +157,11 @@ class WorkersRunner(Runner):
         count: int | None = None,
         address: str | None = None,
         gpus: int | None = None,
+        sharing: int | None = None,
         models: tuple[Path, ...] = (),
     ) -> None:
         self.watcher, self.models, self.results = watcher, models, []
+        self.sharing = sharing
         self.stack = contextlib.ExitStack()
         self.workers: list[_Worker] = []
         self.queue: deque[Task] = deque()
@@ -154,10 +169,11 @@ class WorkersRunner(Runner):
         self.calls: dict[Any, _Worker] = {}  # a worker's call under way
         self.failed_starts = 0
         try:
-            self.ray, self.scratch = self.stack.enter_context(connected(address, cpus=None if address else count))
+            cpus = None if address or count is None else count * (sharing or 1)
+            self.ray, self.scratch = self.stack.enter_context(connected(address, cpus=cpus))
             self.open_pipeline = open_pipeline
             self.places = self._find_places(count, gpus)
-            self.environment = _environment(None if address else self.places)
+            self.environment = _environment(None if address else self.places * (sharing or 1))
             self._first_workers()
         except BaseException:
             self.close()
@@ -177,6 +193,8 @@ class WorkersRunner(Runner):
         for worker in self.workers:
             with contextlib.suppress(Exception):
                 self.ray.kill(worker.actor)
+                if worker.places is not None:  # with all that works there
+                    self.ray.util.remove_placement_group(worker.places)
         self.stack.close()
 
     # ------------------------------------------------------------ clips
@@ -188,11 +206,12 @@ class WorkersRunner(Runner):
                 task = self.queue.popleft()
                 try:
                     inputs = {path: path.read_bytes() for path in (task.job.image, *task.job.voices) if path}
+                    kept = None if task.kept_latents() is None else task.latents.read_bytes()
                 except OSError as error:
                     self.results.append((task, failure_of(error)))
                     continue
                 worker.task = task
-                self.calls[worker.actor.make.remote(task.job, inputs, task.file, self.scratch)] = worker
+                self.calls[worker.actor.make.remote(task, inputs, kept, self.scratch)] = worker
 
     def _wait(self) -> None:
         """Takes what a worker has ended, or returns after a moment."""
@@ -219,13 +238,20 @@ class WorkersRunner(Runner):
         else:
             self._opened(worker, value) if task is None else self._made_elsewhere(task, *value)
 
-    def _made_elsewhere(self, task: Task, result: Made | Failed, data: bytes) -> None:
+    def _made_elsewhere(self, task: Task, result: Made | Failed | None, data: bytes, latents: bytes | None) -> None:
+        if result is None:
+            self._again(task)
+            return
         self.lost.pop(task.path, None)
-        if isinstance(result, Made):
-            try:
+        try:
+            if latents is not None:
+                part = task.path.with_name(task.latents.name)
+                part.write_bytes(latents)
+                os.replace(part, task.latents)
+            if isinstance(result, Made):
                 task.path.write_bytes(data)
-            except OSError as error:
-                result = failure_of(error)
+        except OSError as error:
+            result = failure_of(error)
         self.results.append((task, result))
 
     # ------------------------------------------------------------ workers
@@ -234,26 +260,37 @@ class WorkersRunner(Runner):
         """How many workers; ``self.gpus`` is then what each of them takes."""
         there = self.ray.cluster_resources()
         self.gpus = int(there.get("GPU", 0) > 0) if gpus is None else gpus
-        kind, places = ("GPU", there.get("GPU", 0) / self.gpus) if self.gpus else ("CPU", there.get("CPU", 0))
+        kind = "GPU" if self.gpus else "CPU"
+        each = (self.gpus or 1) * (self.sharing or 1)
+        places = int(there.get(kind, 0)) // each
         machines = sum(node["Alive"] for node in self.ray.nodes())
-        wanted = count or (max(1, int(places)) if self.gpus else machines)
+        wanted = count or (max(1, places) if self.gpus or self.sharing else machines)
         if wanted > places:
+            found = int(there.get(kind, 0))
+            needed = f"{each} {kind}s" if each > 1 else f"a {kind}"
+            fewer = "fewer --workers or a smaller --parallel" if self.sharing else "fewer --workers"
             raise ClusterError(
-                f"{wanted} worker{'s need' if wanted > 1 else ' needs'} a {kind} each, and there "
-                f"{'is' if int(places) == 1 else 'are'} {int(places)}: give fewer --workers"
-                f"{', or --device cpu' if self.gpus else ''}."
+                f"{wanted} worker{'s need' if wanted > 1 else ' needs'} {needed} each, and there "
+                f"{'is' if found == 1 else 'are'} {found}: give {fewer}{', or --device cpu' if self.gpus else ''}."
             )
         return wanted
 
-    def _new_worker(self) -> _Worker:
+    def _new_worker(self, places: Any = None) -> _Worker:
+        """Starts one, in the ``places`` of another that has ended, where it had some."""
+        options = {"num_gpus": self.gpus, "num_cpus": 0 if self.gpus else 1, "scheduling_strategy": "SPREAD"}
+        if self.sharing:
+            places = places or self._reserve()
+            # Text encoder and VAEs work on the GPU of one of the workers that share the clip.
+            options = {"num_gpus": OWNER if self.gpus else 0, "num_cpus": 0, "scheduling_strategy": _first_of(places)}
         actor = self.ray.remote(BatchWorker).options(
-            num_gpus=self.gpus,
-            num_cpus=0 if self.gpus else 1,
-            scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": self.environment},
-            max_restarts=0,
+            runtime_env={"env_vars": self.environment}, max_restarts=0, **options
         )
-        return _Worker(actor.remote(), time.monotonic())
+        return _Worker(actor.remote(), time.monotonic(), places)
+
+    def _reserve(self) -> Any:
+        """Places for the workers that share a clip: a GPU each, or a core."""
+        kind = "GPU" if self.gpus else "CPU"
+        return self.ray.util.placement_group([{kind: 1} for _ in range(self.sharing)], strategy="PACK")
 
     def _first_workers(self) -> None:
         """Starts them all, and has all checked before any opens the pipeline."""
@@ -286,17 +323,19 @@ class WorkersRunner(Runner):
             self.failed_starts += 1
             if self.failed_starts > ATTEMPTS:
                 raise ClusterError("Workers end as soon as they start: see whether memory is short.")
-        elif self.lost[task.path] + 1 < ATTEMPTS:
-            self.lost[task.path] += 1
-            self.queue.appendleft(task)
-            self.watcher.note(f"The worker at line {task.line} has ended: its clip goes to another.")
         else:
-            self._give_up(task)
-        new = self._new_worker()
+            self._again(task)
+        new = self._new_worker(worker.places)
         self.workers.append(new)
         self.calls[new.actor.open.remote(self.open_pipeline, code_version(), self.models)] = new
 
-    def _give_up(self, task: Task) -> None:
+    def _again(self, task: Task) -> None:
+        """The clip of a worker that has ended goes to the next that is free, or is given up."""
+        self.lost[task.path] += 1
+        if self.lost[task.path] < ATTEMPTS:
+            self.queue.appendleft(task)
+            self.watcher.note(f"The worker at line {task.line} has ended: its clip goes to another.")
+            return
         del self.lost[task.path]
         self.results.append(
             (
@@ -318,6 +357,14 @@ def _environment(workers_here: int | None) -> dict[str, str]:
         if "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers_here))
     return environment
+
+
+def _first_of(places: Any) -> Any:
+    """The first of reserved places; what is started from there takes others of them."""
+    strategies = importlib.import_module("ray.util.scheduling_strategies")
+    return strategies.PlacementGroupSchedulingStrategy(
+        places, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+    )
 
 
 def _start_problem(error: Exception) -> str:

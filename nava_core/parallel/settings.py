@@ -35,9 +35,10 @@ class Parallel:
         check_parallel(config, self.workers, Layout.parse(self.layout), self.weights, device)
 
     def backbone(
-        self, path: Path, device: str, dtype: torch.dtype | None, say: Callable[[str], None] | None, changes=None
+        self, path: Path, device: str, dtype: torch.dtype | None, say: Callable[[str], None] | None, **more
     ) -> ParallelBackbone:
-        """A backbone that the workers compute; they start with its first pass."""
+        """A backbone that the workers compute, ``more`` as :class:`ParallelBackbone` takes it; they start with its
+        first pass."""
         from .layout import Layout
         from .workers import ParallelBackbone
 
@@ -48,6 +49,6 @@ class Parallel:
             dtype=dtype,
             layout=Layout.parse(self.layout),
             weights=self.weights,
-            changes=changes,
             say=say,
+            **more,
         )

@@ -128,12 +128,12 @@ def _local_stretches(stretch: Stretch, places: tuple[slice, slice]) -> list[Stre
     audio = stretch.suffix == "_audio"
     place = places[audio]
     base = places[0].stop - places[0].start if audio else 0
-    start, stop = place.start - stretch.tokens.start, place.stop - stretch.tokens.start
+    start, stop = place.start - stretch.start, place.stop - stretch.start
     groups = stretch.group.shape[1]
-    size = (stretch.tokens.stop - stretch.tokens.start) // groups
+    size = (stretch.stop - stretch.start) // groups
     first_whole, last_whole = -(-start // size), stop // size
     cuts = sorted({start, stop, *(cut * size for cut in (first_whole, last_whole) if start < cut * size < stop)})
     return [
-        Stretch(slice(base + a - start, base + b - start), stretch.group[:, a // size : -(-b // size)], stretch.suffix)
+        Stretch(base + a - start, base + b - start, stretch.group[:, a // size : -(-b // size)], stretch.suffix)
         for a, b in pairwise(cuts)
     ]

@@ -15,22 +15,29 @@ from pathlib import Path
 ENDING_SECONDS = 5.0
 
 
-def marked(mark: bytes) -> list[int]:
-    """Ids of the processes with ``mark`` among their variables, where the system lists them."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+def processes_of(folder: str, variable: str) -> list[int]:
+    """Ids of the instance's processes, where the system lists them: those that carry the folder's name in ``variable``
+    or, as some of Ray's write over their variables, have files in the folder open. The owner has some, too."""
+    mark, found = f"{variable}={folder}".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) == os.getppid():
+            continue
         try:
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
+            if mark in (process / "environ").read_bytes().split(b"\0") or _has_open(process, folder):
+                found.append(int(process.name))
         except OSError:
             continue
     return found
 
 
+def _has_open(process: Path, folder: str) -> bool:
+    return any(os.readlink(file).startswith(folder + os.sep) for file in (process / "fd").iterdir())
+
+
 def main(folder: str, variable: str) -> None:
     sys.stdin.buffer.read()
     deadline = time.monotonic() + ENDING_SECONDS
-    while time.monotonic() < deadline and (left := marked(f"{variable}={folder}".encode())):
+    while time.monotonic() < deadline and (left := processes_of(folder, variable)):
         for process in left:
             try:
                 os.kill(process, signal.SIGKILL)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..backbone.config import BackboneConfig
-from ..backbone.quantized import Fp8Linear, quantise_rows
 from ..checkpoint import describe_file, open_checkpoint, stream_tensors
 from ..checkpoint.loading import PlannedTensor, assign_tensor, empty_backbone
 from .cluster import UNWANTED, code_version
@@ -85,10 +85,12 @@ class Worker:
 
     # ------------------------------------------------------------ weights
 
-    def prepare(self, config: Mapping, plan: Iterable[tuple], dtype: torch.dtype) -> None:
+    def prepare(self, config: Mapping, plan: Iterable[tuple], dtype: torch.dtype, compile: bool = False) -> None:
         """Make the network, without its weights. ``plan``: (name, shape, type) of each tensor to come."""
         tensors = {name: PlannedTensor(name, tuple(shape), kind) for name, shape, kind in plan}
         self.model = empty_backbone(BackboneConfig(**config), tensors, dtype).eval()
+        if compile:
+            self.model.compile_blocks()
         if self.shards:
             layout = Layout(self.ranks // self.shards, self.shards)
             mesh = DeviceMesh.from_group(self._groups(layout), self.device.type)
@@ -104,24 +106,13 @@ class Worker:
                 self._fill(name, tensor)
         return True
 
-    def fill(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Take weights in the form they are kept in; returns their names."""
+    def fill(self, weights: bytes) -> list[str]:
+        """Take weights in the form they are kept in, as a safetensors file has them: Ray cannot send float8 tensors.
+        Returns their names."""
+        tensors = load(weights)
         for name, tensor in tensors.items():
             self._fill(name, tensor)
-        return list(tensors)
-
-    def change(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Replace weights by others of full precision (a LoRA merged into them); returns their names."""
-        for name, tensor in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(path)
-            if leaf == "weight" and isinstance(module, Fp8Linear):
-                weight, scale = quantise_rows(tensor)
-                self._fill(name, weight)
-                self._fill(name + "_scale", scale)
-            else:
-                self._fill(name, tensor.to(self.model.get_parameter(name).dtype))
-        return list(tensors)
+        return sorted(tensors)
 
     def _fill(self, name: str, tensor: Tensor) -> None:
         parameter = self.model.get_parameter(name)
@@ -131,7 +122,7 @@ class Worker:
             )
             parameter.to_local().copy_(mine.to_local())
         else:
-            assign_tensor(self.model, name, tensor.to(self.device))
+            assign_tensor(self.model, name, tensor.to(self.device, parameter.dtype))
 
     # ------------------------------------------------------------ passes
 

@@ -11,17 +11,19 @@ import os
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..checkpoint import (
     FileInfo,
+    WeightChange,
     backbone_config,
     describe_file,
     main_dtype,
@@ -29,6 +31,7 @@ from ..checkpoint import (
     plan_tensors,
     stream_tensors,
 )
+from ..explain import is_out_of_memory
 from .cluster import ADDRESS_VARIABLES, UNWANTED, ClusterError, code_version, configured_address, connected, require_ray
 from .layout import Layout, choose_layout, fitting_layouts, layout_problem
 from .worker import file_digest
@@ -37,22 +40,31 @@ WEIGHTS = ("replicated", "sharded")
 CHUNK_BYTES = 2**27  # of weights sent at once
 START_SECONDS = 120
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 4  # that passes under way are given to end in when the run is interrupted
+GRACE_SECONDS = 4  # that the others' ends are waited for where one has failed
+# Shares of a GPU where the places of a clip's workers are reserved: the owner works on that of one of them.
+OWNER, BESIDE_OWNER = 0.1, 0.9
 PACK = Path(__file__).resolve().parents[2]
 
 Pair = tuple[Tensor | None, Tensor | None]
-Changes = Callable[[], Iterator[tuple[str, Tensor]]]
+Changes = Callable[[], AbstractContextManager[Mapping[str, WeightChange]]]
 
 
 class WorkersError(ClusterError):
     """The workers could not be started, or one was lost; the message is the sentence to show."""
 
 
+class LostWorkerError(WorkersError):
+    """A worker ended by itself: what was asked for can be asked for again."""
+
+
 def check_parallel(
     config, workers: int, layout: Layout | None = None, weights: str = "replicated", device: str = "cpu"
 ) -> None:
     """Raise, in a sentence and before anything is loaded, where this cannot be: ValueError for a layout or weights that
-    do not fit, RuntimeError for a missing package, too few GPUs or a platform without NCCL."""
+    do not fit, RuntimeError for a missing package, too few GPUs or a platform without NCCL.
+
+    The GPUs of a cluster, and those reserved for a batch's clip, are counted by Ray when the workers start.
+    """
     if weights not in WEIGHTS:
         raise ValueError(f"There are no {weights!r} weights: choose {' or '.join(WEIGHTS)}.")
     problem = layout_problem(layout, workers, config)
@@ -60,18 +72,24 @@ def check_parallel(
         problem = layout_problem(layout or Layout(1, workers), workers, config)
     if problem:
         raise ValueError(problem)
-    require_ray()
+    ray = require_ray()
     if device == "cuda":
         if not dist.is_nccl_available():
             raise RuntimeError(
                 "This PyTorch has no NCCL, which the workers' GPUs would talk through (there is none for Windows): in "
                 "ComfyUI use the MultiGPU CFG Split node instead, which needs none."
             )
-        if configured_address() is None and torch.cuda.device_count() < workers:
+        here = configured_address() is None and not _has_reserved_places(ray)
+        if here and torch.cuda.device_count() < workers:
             raise RuntimeError(
                 f"{workers} workers need {workers} GPUs, and this machine has {torch.cuda.device_count()}: ask for "
                 f"fewer, or name a cluster in {ADDRESS_VARIABLES[0]}."
             )
+
+
+def _has_reserved_places(ray) -> bool:
+    """Whether this process makes clips of a batch whose workers have places reserved."""
+    return ray.is_initialized() and ray.util.get_current_placement_group() is not None
 
 
 def _check_room(ray, workers: int, device: str) -> None:
@@ -106,7 +124,8 @@ def _actor(ray, device: str):
 
             return ray.util.get_node_ip_address()
 
-    options = {"num_cpus": 0, "num_gpus": 1} if device == "cuda" else {"num_cpus": 1, "num_gpus": 0}
+    gpu = BESIDE_OWNER if _has_reserved_places(ray) else 1
+    options = {"num_cpus": 0, "num_gpus": gpu} if device == "cuda" else {"num_cpus": 1, "num_gpus": 0}
     return ray.remote(max_restarts=0, **options)(NavaWorker)
 
 
@@ -169,24 +188,28 @@ class Workers:
                     )
                 if check is not None and pending:
                     check()
-        except Exception as error:
-            known = self._explained(error, references)
-            if known is None:  # the check's: the run is interrupted
-                self._let_end(pending)
+        except BaseException as error:
+            known = self._explained(self._cause(error, references))
+            self.close()
+            if known is None:  # the check's, or the user's: the run is interrupted
                 raise
-            self.close()
             raise known from error
-        except BaseException:
-            self.close()
-            raise
         return self.ray.get(references)
 
-    def _let_end(self, pending: list) -> None:
-        """Passes under way end soon; workers that do not are ended."""
-        if len(self.ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS)[1]):
-            self.close()
+    def _cause(self, error: BaseException, references: list) -> BaseException:
+        """What came first, as far as can be told: a worker's end shows in the others as a broken connection."""
+        if not isinstance(error, self.ray.exceptions.RayTaskError) or not isinstance(error.cause, RuntimeError):
+            return error
+        for reference in self.ray.wait(references, num_returns=len(references), timeout=GRACE_SECONDS)[0]:
+            try:
+                self.ray.get(reference)
+            except self.ray.exceptions.RayActorError as lost:
+                return lost
+            except Exception:
+                continue
+        return error
 
-    def _explained(self, error: Exception, references: list) -> Exception | None:
+    def _explained(self, error: BaseException) -> Exception | None:
         errors = self.ray.exceptions
         if isinstance(error, WorkersError):
             return error
@@ -194,6 +217,11 @@ class Workers:
             cause = error.cause
             if isinstance(cause, ValueError):
                 return ValueError(str(cause))
+            if is_out_of_memory(cause):
+                return WorkersError(
+                    "A worker has too little free memory for this clip: make it smaller or shorter, or let the workers "
+                    "share the weights (sharded)."
+                )
             return WorkersError(f"A worker failed: {type(cause).__name__}: {_first_line(cause)}")
         if isinstance(error, errors.RayActorError):
             if "No module named" in str(error) or "cannot import" in str(error):
@@ -201,7 +229,7 @@ class Workers:
                     "A worker's machine has no nava_core that can be imported: install this pack there, with "
                     "pip install '.[parallel]'."
                 )
-            return WorkersError(
+            return LostWorkerError(
                 "A worker was lost, killed or out of memory; the others were ended with it. Run again: new ones start."
             )
         return WorkersError(f"The workers failed: {_first_line(error)}") if isinstance(error, errors.RayError) else None
@@ -240,14 +268,16 @@ class ParallelBackbone(nn.Module):
     """A backbone without weights, whose passes ``workers`` processes compute; called as :class:`NavaBackbone`.
 
     path: the checkpoint; each worker reads it from its own disk (the same path, or by name in its ``NAVA_MODELS``
-    folders), and gets the weights sent where it has not got the file. dtype: as ``load_backbone`` takes it. device:
+    folders), and gets the weights sent where it has not got the file. dtype: as ``load_backbone`` takes it;
+    compute_dtype: what fp8 weights are dequantised to and the rest is kept in, where it is not bfloat16. device:
     "cuda", a GPU for each worker, or "cpu". layout: None chooses for each step from the predictions and the tokens.
     weights: "replicated", or "sharded": the workers that share a prediction's tokens also share the weights, a part
-    each. changes: gives (name, full-precision weight) of weights that are not as in the file (LoRAs). say: told in
-    sentences what goes on.
+    each. changes: opens what ``load_backbone`` takes as ``changes`` (LoRAs), such as ``LoraMerge.changes``. say: told
+    in sentences what goes on. compile: the workers compile their blocks, which need replicated weights.
 
-    Workers start with the first pass and stay until :meth:`close`, or until nobody holds this. Raises as
-    ``check_parallel`` does, at once; later WorkersError where one is lost, and then the next pass starts new ones.
+    Workers start with the first pass and stay until :meth:`close`, until a run is interrupted, or until nobody holds
+    this. Raises as ``check_parallel`` does, at once; later WorkersError where one is lost, and then the next pass
+    starts new ones.
     """
 
     def __init__(
@@ -257,9 +287,11 @@ class ParallelBackbone(nn.Module):
         workers: int,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
         layout: Layout | None = None,
         weights: str = "replicated",
         changes: Changes | None = None,
+        compile: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
@@ -267,11 +299,11 @@ class ParallelBackbone(nn.Module):
         self.config = backbone_config(self.info)
         check_parallel(self.config, workers, layout, weights, device)
         self.count, self.worker_device = workers, device
-        self.weights_dtype, self.dtype = dtype, main_dtype(self.info, dtype)
+        self.weights_dtype, self.dtype = dtype, compute_dtype or main_dtype(self.info, dtype)
         self.sharded = weights == "sharded"
         # Every worker of a branch must take part in each of its passes for sharded weights to be there.
         self.layout = layout or (Layout(1, workers) if self.sharded else None)
-        self.changes = changes
+        self.changes, self.compiles = changes, compile
         self.say = say or (lambda sentence: None)
         self.workers: Workers | None = None
         self._said: str | None = None
@@ -285,7 +317,7 @@ class ParallelBackbone(nn.Module):
         workers = Workers(self.count, self.worker_device, self.layout.sequence if self.sharded else 0)
         plan = [(tensor.name, tensor.shape, tensor.dtype) for tensor in plan_tensors(self.info, self.weights_dtype)]
         try:
-            workers.ask("prepare", asdict(self.config), plan, self.dtype)
+            workers.ask("prepare", asdict(self.config), plan, self.dtype, self.compiles)
             self._send_weights(workers)
             self._send_changes(workers)
         except BaseException:
@@ -309,19 +341,21 @@ class ParallelBackbone(nn.Module):
         self.say(f"Sending the weights to {len(lacking)} of {self.count} workers.")
         with open_checkpoint(self.info) as source:
             for chunk in _chunks(stream_tensors(source, self.weights_dtype)):
-                reference = workers.ray.put(chunk)
+                reference = workers.ray.put(save(chunk))
                 workers._wait([actor.call.remote("fill", reference) for actor in lacking])
 
     def _send_changes(self, workers: Workers) -> None:
         if self.changes is None:
             return
-        changed = 0
-        for chunk in _chunks(self.changes()):
-            for rank, names in enumerate(workers.ask("change", workers.ray.put(chunk))):
-                if names != list(chunk):
-                    raise WorkersError(f"Worker {rank} did not take the changed weights (LoRAs); run again.")
-            changed += len(chunk)
-        self.say(f"{changed} weights changed by LoRAs, acknowledged by {self.count} of {self.count} workers.")
+        with self.changes() as changes, open_checkpoint(self.info) as source:
+            if not changes:
+                return
+            changed = stream_tensors(source, self.weights_dtype, changes, only=changes)
+            for chunk in _chunks(changed):
+                for rank, names in enumerate(workers.ask("fill", workers.ray.put(save(chunk)))):
+                    if names != sorted(chunk):
+                        raise WorkersError(f"Worker {rank} did not take the changed weights (LoRAs); run again.")
+        self.say(f"{len(changes)} weights changed by LoRAs, acknowledged by {self.count} of {self.count} workers.")
 
     def forward(self, video, audio, timestep, context, **conditions) -> Pair:
         """One pass; see :meth:`NavaBackbone.forward`."""
@@ -331,8 +365,11 @@ class ParallelBackbone(nn.Module):
     def run_together(self, passes: list[dict], check: Callable[[], None] | None = None) -> list[Pair]:
         """The (video, audio) velocities of several passes, each the backbone's arguments by name.
 
-        ``check`` is called now and then while the workers compute, and ends the run by raising.
+        ``check`` is called first, and now and then while the workers compute; where it raises, the run is at an end
+        and the workers with it: they cannot leave a pass half done.
         """
+        if check is not None:
+            self._stop_if_asked(check)
         workers = self.start()
         layout = self._choose(passes, workers.places)
         sent = [{name: _on_cpu(value) for name, value in each.items() if name != "options"} for each in passes]
@@ -343,6 +380,13 @@ class ParallelBackbone(nn.Module):
             self.close()
             raise WorkersError(f"The workers made {done} of {len(passes) * layout.sequence} passes; run again.")
         return [_like(velocities[index], each) for index, each in enumerate(passes)]
+
+    def _stop_if_asked(self, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except BaseException:
+            self.close()
+            raise
 
     def _choose(self, passes: list[dict], places: list[str]) -> Layout:
         video, audio = _token_counts(passes[0])
@@ -380,7 +424,7 @@ def _chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
     chunk: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
-        chunk[name] = tensor.cpu()
+        chunk[name] = tensor.cpu().contiguous()
         size += tensor.nbytes
         if size >= CHUNK_BYTES:
             yield chunk

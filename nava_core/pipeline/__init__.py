@@ -4,25 +4,40 @@
     pipeline = NavaPipeline.from_files(files)
     pipeline("A woman on a pier says: <S>The storm has passed.<E>", seconds=6).save("clip.mp4")
 
+    latents = pipeline.denoise("A woman on a pier ...")
+    latents.save("clip.latents.safetensors")
+    pipeline.save(latents, "clip.mp4")          # each frame as soon as it is decoded
+
+:class:`ClipDecoder` does the last with the VAEs alone, at any time, from ``ClipLatents.load(...)``.
+
 Components are read from their files one by one, when their turn comes. The same files, seed and settings give the
 latents that the ComfyUI nodes give.
 """
 
 from ..components import load_problem, memory_bytes
+from ..decoding import Decoding
 from .clip import Clip
-from .files import KINDS, NAMES, ModelFiles, find_model_files
-from .memory import Components, choose_device
-from .pipeline import NavaPipeline
+from .devices import check_memory, choose_device
+from .files import KINDS, NAMES, VAES, ModelFiles, find_model_files
+from .latents import ClipLatents, LatentsError
+from .memory import Components
+from .pipeline import ClipDecoder, NavaPipeline
 from .stages import Voice, clip_geometry, clip_noise, default_guidance, fit_picture
 
 __all__ = [
     "KINDS",
     "NAMES",
+    "VAES",
     "Clip",
+    "ClipDecoder",
+    "ClipLatents",
     "Components",
+    "Decoding",
+    "LatentsError",
     "ModelFiles",
     "NavaPipeline",
     "Voice",
+    "check_memory",
     "choose_device",
     "clip_geometry",
     "clip_noise",

@@ -43,13 +43,22 @@ class Clip:
         ValueError for another suffix, FileNotFoundError for a folder that is not there, NonFiniteError, naming the
         stage, for NaN or infinity.
         """
-        path = Path(path)
-        if path.suffix.lower() != self.suffix:
-            what = "sound alone" if self.frames is None else "a clip with a picture"
-            raise ValueError(f"Cannot write {path.name}: {what} is written as {self.suffix}, so let the name end so.")
+        path = checked_path(path, self.frames is not None)
         if self.frames is None:
             write_wav(path, self.waveform, self.sample_rate, bits=24)
         else:
             rate = None if self.waveform is None else self.sample_rate
             mux(path, self.frames, self.waveform, rate, FPS, callback=callback)
         return path
+
+
+def checked_path(path: str | os.PathLike, has_picture: bool) -> Path:
+    """The path that a clip is to be written to. Raises ValueError for a suffix that is not its format's, and
+    FileNotFoundError for a folder that is not there."""
+    path, suffix = Path(path), ".mp4" if has_picture else ".wav"
+    if path.suffix.lower() != suffix:
+        what = "a clip with a picture" if has_picture else "sound alone"
+        raise ValueError(f"Cannot write {path.name}: {what} is written as {suffix}, so let the name end so.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"Cannot write {path.name}: the folder {path.parent} does not exist.")
+    return path

@@ -19,6 +19,7 @@ KINDS = {
 }
 NAMES = {role: role.replace("_", " ").replace("vae", "VAE") for role in KINDS}
 OPTIONAL = ("speaker_encoder",)
+VAES = ("video_vae", "audio_vae")
 MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 
@@ -26,12 +27,12 @@ TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 @dataclass(frozen=True)
 class ModelFiles:
     """The files a pipeline is made of. ``speaker_encoder`` is for reference voices; ``tokenizer`` is the folder that a
-    text encoder without a tokenizer inside came with."""
+    text encoder without a tokenizer inside came with. Decoding needs the VAEs alone."""
 
-    backbone: Path
-    text_encoder: Path
-    video_vae: Path
-    audio_vae: Path
+    backbone: Path | None = None
+    text_encoder: Path | None = None
+    video_vae: Path | None = None
+    audio_vae: Path | None = None
     speaker_encoder: Path | None = None
     tokenizer: Path | None = None
 
@@ -41,11 +42,15 @@ class ModelFiles:
             if value is not None:
                 object.__setattr__(self, field.name, Path(value))
 
-    def check(self) -> None:
-        """Raise FileNotFoundError or WrongFileError, in a sentence, for the first file that is not what it should be.
+    def check(self, needed: Sequence[str] = ()) -> None:
+        """Raise FileNotFoundError or WrongFileError, in a sentence, for the first file that is not what it should be,
+        and FileNotFoundError for one of the roles ``needed`` that has none.
 
         Reads the files' headers only.
         """
+        for role in needed:
+            if getattr(self, role) is None:
+                raise FileNotFoundError(f"There is no {NAMES[role]} among the model files: give one as {role}.")
         for role, kinds in KINDS.items():
             path = getattr(self, role)
             if path is None:
@@ -60,11 +65,14 @@ class ModelFiles:
             raise FileNotFoundError(f"There is no tokenizer folder {self.tokenizer}: check the name.")
 
 
-def find_model_files(folder: str | os.PathLike, **chosen: str | os.PathLike) -> ModelFiles:
+def find_model_files(
+    folder: str | os.PathLike, *, roles: Sequence[str] = tuple(KINDS), **chosen: str | os.PathLike
+) -> ModelFiles:
     """The model files in a folder and the folders below it, recognised by what they hold, not by their names.
 
-    ``chosen`` names files by their role (``text_encoder=...``), which are then not looked for. Raises FileNotFoundError
-    where a folder or a needed file is not there, ValueError where several files could be meant.
+    ``chosen`` names files by their role (``text_encoder=...``), which are then not looked for; of the others those of
+    ``roles`` are. Raises FileNotFoundError where a folder or a needed file is not there, ValueError where several files
+    could be meant.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -73,8 +81,10 @@ def find_model_files(folder: str | os.PathLike, **chosen: str | os.PathLike) -> 
     if unknown:
         raise ValueError(f"There is no model file called {', '.join(sorted(unknown))}; roles are {', '.join(KINDS)}.")
     infos = [describe_file(path) for path in _model_paths(folder)]
-    found = {role: chosen.get(role) or _only(role, infos, folder) for role in KINDS}
-    tokenizer = chosen.get("tokenizer") or _find_tokenizer(Path(found["text_encoder"]), folder)
+    found = {role: chosen.get(role) or _only(role, infos, folder) for role in KINDS if role in roles}
+    tokenizer = chosen.get("tokenizer")
+    if tokenizer is None and "text_encoder" in found:
+        tokenizer = _find_tokenizer(Path(found["text_encoder"]), folder)
     return ModelFiles(**found, tokenizer=tokenizer)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from ..components import check_packages, load_tokenizer
+from ..components import check_decoding_packages, check_packages, load_tokenizer
+from ..decoding import Decoding
 from ..geometry import TRAINED_SCALE
 from ..lora_merge import Lora, LoraMerge
 from ..parallel import Parallel
@@ -15,27 +18,90 @@ from ..prompt import negative_text, timbre_inputs
 from ..sampling import FlowUniPC, Guidance, Interrupted, find_preset, flow_sigmas
 from . import stages
 from .clip import Clip
-from .files import ModelFiles
-from .memory import Components, choose_device
+from .decode import decode_clip, save_clip
+from .devices import check_memory, choose_device
+from .files import KINDS, OPTIONAL, ModelFiles
+from .latents import ClipLatents
+from .memory import Components
 from .stages import Voice, clip_geometry, default_guidance, fit_picture, read_picture
 
 
-class NavaPipeline:
+class ClipDecoder:
+    """What makes clips of their latents: the two VAEs. Make one with :meth:`from_files`.
+
+    ``decoding``: how pictures are decoded, where that is not to be chosen from the memory that is free.
+    """
+
+    def __init__(self, components: Components, decoding: Decoding | None = None) -> None:
+        self.components = components
+        self.decoding = decoding or Decoding()
+
+    @classmethod
+    def from_files(
+        cls,
+        files: ModelFiles,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        say: Callable[[str], None] | None = None,
+        keep_loaded: bool = False,
+        vae_dtype: torch.dtype | None = None,
+        memory: int | str | None = None,
+        decoding: Decoding | None = None,
+    ) -> ClipDecoder:
+        """A decoder over ``files``, of which the VAEs have to be there that its clips need; the rest as for
+        :meth:`NavaPipeline.from_files`."""
+        device = choose_device(device)
+        check_memory(memory, device)
+        files.check()
+        check_decoding_packages()
+        components = Components(
+            files, device, dtype, say or _say_nothing, keep_loaded, vae_dtype=vae_dtype, memory=memory
+        )
+        return cls(components, decoding)
+
+    def unload(self) -> None:
+        """Give back all memory; the next clip loads its components again."""
+        self.components.unload()
+
+    def decode(
+        self,
+        latents: ClipLatents,
+        *,
+        callback: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Clip:
+        """The clip of ``latents``, its frames in memory.
+
+        Sound first, then the picture. ``callback(done, total)`` follows the passes of the picture's decoder, and ends
+        it by raising; ``should_stop`` is asked before each stage and each pass. Raises Interrupted when it says so,
+        TooLittleMemoryError where memory ends even in the smallest form.
+        """
+        step = _step(callback, should_stop)
+        return decode_clip(self.components, latents, self.decoding, step)
+
+    def save(
+        self,
+        latents: ClipLatents,
+        path: str | os.PathLike,
+        *,
+        callback: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Path:
+        """Write the clip of ``latents``, each frame as soon as it is decoded: the same file that decoding and
+        :meth:`Clip.save` give, in memory that does not grow with the clip's frames.
+
+        The rest as for :meth:`decode`, and what :meth:`Clip.save` raises. No file is left where it fails.
+        """
+        return save_clip(self.components, latents, path, self.decoding, _step(callback, should_stop))
+
+
+class NavaPipeline(ClipDecoder):
     """NAVA from its files. Make one with :meth:`from_files` and call it for each clip."""
 
-    def __init__(
-        self,
-        files: ModelFiles,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        say: Callable[[str], None],
-        keep_loaded: bool,
-        parallel: Parallel | None = None,
-        vae_dtype: torch.dtype | None = None,
-        loras: LoraMerge | None = None,
-    ) -> None:
-        self.components = Components(files, device, dtype, say, keep_loaded, parallel, vae_dtype, loras)
-        self._tokenizer = load_tokenizer(files.text_encoder, files.tokenizer)
+    def __init__(self, components: Components, decoding: Decoding | None = None) -> None:
+        super().__init__(components, decoding)
+        self._tokenizer = load_tokenizer(components.files.text_encoder, components.files.tokenizer)
 
     @classmethod
     def from_files(
@@ -49,6 +115,11 @@ class NavaPipeline:
         parallel: Parallel | None = None,
         vae_dtype: torch.dtype | None = None,
         loras: Sequence[Lora] = (),
+        compile: bool = False,
+        memory: int | str | None = None,
+        encoder_device: torch.device | str | None = None,
+        vae_device: torch.device | str | None = None,
+        decoding: Decoding | None = None,
     ) -> NavaPipeline:
         """A pipeline over ``files``, of which only the headers and the tokenizer are read yet.
 
@@ -57,35 +128,79 @@ class NavaPipeline:
         for the backbone's own type and a float32 VAE; float8_e4m3fn makes the backbone's weights float8. ``vae_dtype``:
         what the video VAE decodes in, where that is to be another type, such as the makers' float32. ``say`` is told in
         short sentences what is going on. ``loras``: files, or (file, strength), that are merged into the
-        backbone's weights each time these are read; see :class:`LoraMerge`.
+        backbone's weights each time these are read; see :class:`LoraMerge`. ``decoding``: see :class:`Decoding`.
 
         Text encoder and VAEs are on the device only while they work, and the backbone stays on a GPU between clips as
         long as the others fit beside it. Otherwise a component is dropped after its work and read again for the next
         clip; ``keep_loaded`` keeps all of them in RAM instead, which suits a batch on a machine with much RAM.
 
+        ``compile``: the backbone's blocks go through ``torch.compile``, which makes the first step slow and all others
+        quicker, whatever the size of the clips.
+
+        ``memory``: what may be taken of ``device``, a CUDA GPU: "6GB", "80%" of it, or a number of bytes; None for what
+        is free there. Within it the backbone is resident, or as many of its blocks as fit while the others come from
+        RAM for their turn, with the same results; the text encoder likewise, or else it works on the CPU, as may the
+        encoding of a first frame and the decoding of sound. With a number the allocator is held to it while a component
+        is at work. Memory that runs out all the same is met in a smaller form of the same stage.
+        ``encoder_device`` and ``vae_device``: another device for the text encoder, and for both VAEs.
+
         ``parallel``: workers that denoise together, a GPU each (or, with the device "cpu", a process each); text
         encoder and VAEs stay in this process.
 
         Raises, in a sentence, FileNotFoundError and WrongFileError for files that are not what they should be or a
-        missing tokenizer, RuntimeError for a missing package, ValueError for a device that is not there.
+        missing tokenizer, RuntimeError for a missing package, ValueError for a device that is not there or an amount of
+        memory that makes no sense.
         """
         device = choose_device(device)
-        files.check()
+        encoder, vaes = (None if name is None else choose_device(name) for name in (encoder_device, vae_device))
+        check_memory(memory, device, parallel)
+        files.check(needed=[role for role in KINDS if role not in OPTIONAL])
         check_packages()
         if parallel is not None:
             parallel.check(files.backbone, device.type)
-        if parallel is not None and loras:
-            raise ValueError("LoRAs are not merged in parallel workers: leave out parallel, or the LoRAs.")
+            if compile and parallel.weights == "sharded":
+                raise ValueError(
+                    "Sharded weights come block by block, which cannot be compiled: leave out one of them."
+                )
         say, merge = say or _say_nothing, LoraMerge(loras, files.backbone)
         for note in merge.notes:
             say(note)
-        return cls(files, device, dtype, say, keep_loaded, parallel, vae_dtype, merge)
+        components = Components(
+            files,
+            device,
+            dtype,
+            say,
+            keep_loaded,
+            parallel=parallel,
+            vae_dtype=vae_dtype,
+            loras=merge,
+            compile=compile,
+            memory=memory,
+            encoder_device=encoder,
+            vae_device=vaes,
+        )
+        return cls(components, decoding)
 
-    def unload(self) -> None:
-        """Give back all memory; the next clip loads its components again."""
-        self.components.unload()
+    @property
+    def timing(self) -> dict[str, float]:
+        """Seconds of the latest clip: "loading" and "encoding" so far, and, once its first step is done, what that
+        "step" took and how long after the call it was done ("first_step")."""
+        return dict(self.components.clock.seconds)
 
     def __call__(
+        self,
+        prompt: str,
+        *,
+        callback: Callable[[int, int, torch.Tensor | None, torch.Tensor | None], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        **request,
+    ) -> Clip:
+        """Make one clip, its frames in memory: :meth:`denoise`, which says what ``request`` can hold, and then
+        :meth:`decode`."""
+        latents = self.denoise(prompt, callback=callback, should_stop=should_stop, **request)
+        return self.decode(latents, should_stop=should_stop)
+
+    def denoise(
         self,
         prompt: str,
         *,
@@ -106,8 +221,8 @@ class NavaPipeline:
         guidance: Guidance | None = None,
         callback: Callable[[int, int, torch.Tensor | None, torch.Tensor | None], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
-    ) -> Clip:
-        """Make one clip.
+    ) -> ClipLatents:
+        """What one clip is made of: all stages but the VAEs' decoding.
 
         ``prompt``: one dense paragraph with speech as ``<S>words<E>``; empty for the null the model was trained with.
         ``negative``: what to stay away from; None for the built-in Chinese terms that suit ``mode``, "zero" for the
@@ -129,6 +244,7 @@ class NavaPipeline:
         Interrupted when ``should_stop`` says so; FloatingPointError where the network returns NaN or infinity.
         """
         stop, parts = should_stop or _never, self.components
+        parts.clock.restart()
         picture = None if image is None else read_picture(image)
         geometry = clip_geometry(seconds, width, height, mode, picture, size_from_image, image_scale)
         run = None if preset is None else find_preset(preset)
@@ -149,6 +265,15 @@ class NavaPipeline:
             negative_tokens = None
         for warning in warnings:
             parts.say(warning)
+        stages.plan_clip(
+            parts,
+            geometry,
+            guidance,
+            levels,
+            has_voice=timbre is not None,
+            has_text=tokens is not None or negative_tokens is not None,
+            has_first_frame=picture is not None,
+        )
         _check_stop(stop)
         context, null = stages.encode_text(parts, [tokens, negative_tokens])
         _check_stop(stop)
@@ -169,11 +294,28 @@ class NavaPipeline:
             callback=callback,
             should_stop=should_stop,
         )
-        _check_stop(stop)
-        frames = None if video is None else stages.decode_video(parts, video)
-        _check_stop(stop)
-        waveform, rate = (None, 0) if audio is None else stages.decode_audio(parts, audio, geometry.duration)
-        return Clip(frames, waveform, rate, video, audio, report, tuple(warnings))
+        settings = {
+            "prompt": prompt,
+            "negative": negative,
+            "mode": mode,
+            "seed": seed,
+            "preset": preset,
+            "steps": len(levels),
+            "shift": shift if run is None else None,
+            "guidance": asdict(guidance),
+        }
+        return ClipLatents(video, audio, geometry.duration, report, tuple(warnings), settings)
+
+
+def _step(callback: Callable[[int, int], None] | None, should_stop: Callable[[], bool] | None):
+    """What is called after each pass of the decoder."""
+
+    def step(done: int, total: int) -> None:
+        _check_stop(should_stop or _never)
+        if callback is not None:
+            callback(done, total)
+
+    return step
 
 
 def _check_stop(should_stop: Callable[[], bool]) -> None:

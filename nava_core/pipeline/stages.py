@@ -1,15 +1,17 @@
-"""What a clip goes through: its inputs made ready, then encode, denoise and decode, functions over the components."""
+"""What a clip goes through up to its latents: inputs made ready, encode and denoise, functions over the components."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from ..backbone import NavaBackbone
 from ..checkpoint import describe_file
-from ..components import denormalize_video, normalize_video
+from ..components import TextEncoder, VideoVAE, denormalize_video, normalize_video
 from ..components.weights import need
 from ..geometry import (
     AUDIO_BINS,
@@ -22,7 +24,7 @@ from ..geometry import (
     choose_bucket,
     cover_crop,
 )
-from ..media import fit_length, read_audio, read_image
+from ..media import read_audio, read_image
 from ..prompt import PromptTokenizer, TokenizedPrompt, bind_voices
 from ..sampling import Guidance, denoise
 from ..timbre import check_voice, encode_timbre, load_redimnet
@@ -148,24 +150,54 @@ def encode_voices(speaker_encoder: Path | None, voices: Sequence[Voice], warning
     return timbres
 
 
+def plan_clip(
+    components: Components,
+    geometry: ClipGeometry,
+    guidance: Guidance,
+    levels: Sequence[float],
+    *,
+    has_voice: bool,
+    has_text: bool,
+    has_first_frame: bool,
+) -> None:
+    """Decide where the components work for a clip, before any is loaded; ``levels``: the noise levels of its steps.
+
+    Raises ValueError where it cannot be made within the memory that was allowed.
+    """
+    needed = [guidance.needed(sigma, has_voice, geometry.has_video, geometry.has_audio) for sigma in levels]
+    # The prediction without interaction, m, is a pass of its own; compiled blocks are of one number of samples.
+    alone = geometry.tokens > BATCH_TOKENS or components.compile
+    together = 1 if alone else max(sum(name != "m" for name in names) for names in needed)
+    components.prepare(geometry, together=together, has_text=has_text, has_first_frame=has_first_frame)
+
+
 def encode_text(
     components: Components, prompts: Sequence[TokenizedPrompt | None]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Context (1, n, d) of the prompt and of the negative; None stands for the all-zero context."""
     if all(tokens is None for tokens in prompts):
         return torch.zeros(1, 1, _text_width(components)), None
-    with components.loaded("text_encoder") as encoder:
+
+    def encode(encoder: TextEncoder) -> list[torch.Tensor | None]:
         components.say("Encoding the prompt.")
-        context, negative = (None if tokens is None else encoder.encode(tokens.ids) for tokens in prompts)
+        components.make_room(encoder.encode_bytes(max(len(tokens.ids) for tokens in prompts if tokens is not None)))
+        with components.clock.measure("encoding"):
+            return [None if tokens is None else encoder.encode(tokens.ids) for tokens in prompts]
+
+    context, negative = components.attempt(encode, "text_encoder")
     return torch.zeros_like(negative[:, :1]) if context is None else context, negative
 
 
 def encode_picture(components: Components, picture: torch.Tensor) -> torch.Tensor:
     """A first frame (1, height, width, 3) in 0..1 -> its latent (1, 48, 1, H, W)."""
-    with components.loaded("video_vae") as vae:
+
+    def encode(vae: VideoVAE) -> torch.Tensor:
         components.say("Encoding the first frame.")
         components.make_room(vae.encode_bytes(picture.shape))
-        return vae.encode(picture)
+        with components.clock.measure("encoding"):
+            return vae.encode(picture)
+
+    return components.attempt(encode, "video_vae", components.plan.first_frame)
 
 
 def denoise_clip(
@@ -178,21 +210,32 @@ def denoise_clip(
     device = components.device
     given = {} if first_frame is None else _given_frame(geometry, first_frame, device)
     noise = [None if part is None else part.to(device) for part in clip_noise(geometry, seed)]
-    with components.loaded("backbone") as backbone:
+    inputs = {name: settings.pop(name) for name in ("context", "negative", "timbre", "timbre_positions")}
+    callback = settings.pop("callback", None)
+
+    def work(backbone: NavaBackbone) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         components.say(f"Denoising {geometry.tokens:,} tokens in {len(settings['sigmas']) - 1} steps.")
-        for name in ("context", "negative", "timbre", "timbre_positions"):
-            tensor = settings[name]
-            if tensor is not None:
-                dtype = tensor.dtype if name == "timbre_positions" else backbone.dtype
-                settings[name] = tensor.to(device, dtype)
-        video, tokens = denoise(
+        begun = time.monotonic()
+
+        def stepped(step: int, *rest) -> None:
+            if step == 1:
+                components.say(components.clock.first_step(begun))
+            if callback is not None:
+                callback(step, *rest)
+
+        return denoise(
             backbone,
             noise[0],
             None if noise[1] is None else audio_latent_to_tokens(noise[1]),
-            batch_predictions=device.type != "cpu" and geometry.tokens <= BATCH_TOKENS,
+            batch_predictions=components.plan.batched and geometry.tokens <= BATCH_TOKENS,
+            callback=stepped,
+            on_out_of_memory=lambda: components.shrink(backbone),
+            **_on_device(inputs, device, backbone.dtype),
             **given,
             **settings,
         )
+
+    video, tokens = components.attempt(work, "backbone")
     if video is not None:
         video = denormalize_video(video).cpu()
         if first_frame is not None:
@@ -200,20 +243,14 @@ def denoise_clip(
     return video, None if tokens is None else audio_tokens_to_latent(tokens).cpu()
 
 
-def decode_video(components: Components, latent: torch.Tensor) -> torch.Tensor:
-    """A video latent -> frames (T, height, width, 3) in 0..1, in tiles where a GPU has no room for the whole."""
-    with components.loaded("video_vae") as vae:
-        components.say("Decoding the picture.")
-        fits = components.make_room(vae.decode_bytes(latent.shape))
-        return vae.decode(latent, tiled=not fits)
-
-
-def decode_audio(components: Components, latent: torch.Tensor, duration: float) -> tuple[torch.Tensor, int]:
-    """Waveform (2, N), as long as the clip, and its sample rate."""
-    with components.loaded("audio_vae") as vae:
-        components.say("Decoding the sound.")
-        components.make_room(vae.decode_bytes(latent.shape))
-        return fit_length(vae.decode(latent)[0], round(duration * vae.sample_rate)), vae.sample_rate
+def _on_device(
+    inputs: Mapping[str, torch.Tensor | None], device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor | None]:
+    """The conditions where and as the backbone computes; positions stay whole numbers."""
+    return {
+        name: None if tensor is None else tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
 
 
 def _given_frame(geometry: ClipGeometry, frame: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:

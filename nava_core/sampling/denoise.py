@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..explain import is_out_of_memory
 from .euler import FlowEuler
 from .guidance import Guidance, Pair
 from .unipc import FlowUniPC
@@ -123,6 +124,7 @@ def denoise(
     batch_predictions: bool = False,
     callback: Callable[[int, int, torch.Tensor | None, torch.Tensor | None], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    on_out_of_memory: Callable[[], bool] | None = None,
 ) -> Pair:
     """Denoise a clip to its (video, audio) latents in the network's space, fp32, None for an absent one.
 
@@ -140,7 +142,8 @@ def denoise(
     ``sampler`` makes a solver with ``timesteps`` (steps,) and ``step_denoised(x0, sample)`` from the sigmas.
     ``batch_predictions`` runs predictions that differ in the text only as one batch: faster for short clips, and more
     memory. After each step ``callback(step, steps, x0_video, x0_audio)`` is called, step from 1; ``should_stop`` is
-    asked before every pass.
+    asked before every pass. Where a step's passes run out of memory, ``on_out_of_memory()`` is to free some, and says
+    whether it could; the step is then made once more, with each prediction apart from there on.
 
     Raises Interrupted when ``should_stop`` says so, ValueError for inputs that do not fit together,
     FloatingPointError when the network returns NaN or infinity.
@@ -169,7 +172,7 @@ def denoise(
     for step, (sigma, timestep) in enumerate(zip(levels, timesteps, strict=False), start=1):
         known = [modality.known(sample, sigma) for modality, sample in zip(present, samples, strict=True)]
         names = guidance.needed(sigma, timbre is not None, video is not None, audio is not None)
-        predictions = network.predict(names, _as_pair(known, video, audio), timestep)
+        predictions, network = _predictions(network, names, _as_pair(known, video, audio), timestep, on_out_of_memory)
         velocities = _present(guidance.combine(predictions, sigma, timbre is not None))
         denoised = [
             modality.keep(sample - sigma * velocity)
@@ -183,6 +186,23 @@ def denoise(
             callback(step, steps, *_as_pair(denoised, video, audio))
     result = [modality.keep(sample) for modality, sample in zip(present, samples, strict=True)]
     return _as_pair(result, video, audio)
+
+
+def _predictions(
+    network: _Network, names: tuple[str, ...], samples: Pair, timestep: float, free_some: Callable[[], bool] | None
+) -> tuple[dict[str, Pair], _Network]:
+    """A step's predictions, and the network for the next step: with them apart once memory ran out."""
+    try:
+        return network.predict(names, samples, timestep), network
+    except RuntimeError as error:
+        if free_some is None or not is_out_of_memory(error):
+            raise
+        shortage = error.with_traceback(None)
+    # Only here are the tensors of the failed pass gone. The samples and the solvers have not changed.
+    if not free_some() and not network.batched:
+        raise shortage
+    network = replace(network, batched=False)
+    return network.predict(names, samples, timestep), network
 
 
 @dataclass(frozen=True)
@@ -201,7 +221,6 @@ class _Network:
         times = self._timesteps(timestep)
         together = getattr(self.backbone, "run_together", None)
         if together is not None:  # the predictions are spread over workers
-            self._check_stop()
             passes = [self._arguments([name], samples, times) for name in names]
             outputs = together(passes, self._check_stop)
             return {name: _as_floats(pair) for name, pair in zip(names, outputs, strict=True)}

@@ -8,7 +8,7 @@ and later as in the makers' code. So the model takes them as they are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import comfy.ldm.lightricks.vae.audio_vae
@@ -18,11 +18,12 @@ import comfy.utils
 import torch
 
 from ...nava_core.checkpoint import FileKind, WrongFileError, describe_file, explain_wrong_file
+from ...nava_core.decoding import IN_PIECES, ONE_PIECE, SoundForm, decode_sound
 from ...nava_core.geometry import AUDIO_BINS, AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND
 from ...nava_core.media import LATENTS_STAGE, SOUND_STAGE, apply_loudness, check_finite, fit_length
 from .component_memory import audio_decode_bytes, audio_encode_bytes
 from .latents import audio_part, clip_seconds
-from .vae import run_whole, set_reload, vae_patcher, what_vae
+from .vae import on_device, run_whole, set_reload, stream_in_forms, vae_patcher, what_vae
 
 MEL_FRAMES_PER_SECOND = 100
 HOST_RATE = 44100  # which the VAE of later hosts takes its input for
@@ -68,19 +69,29 @@ def audio_module(audio_vae) -> torch.nn.Module:
 def decode_audio(audio_vae, latent: torch.Tensor) -> dict:
     """Audio latent (B, 8, T, 16), normalised -> AUDIO ``{"waveform": (B, 2, N) fp32 on the CPU, "sample_rate"}``.
 
-    The vocoder's own rate is kept (48 kHz for LTX-2.3): N = (4T - 3) * 480 there. Always whole: raises
-    TooLittleMemoryError where memory is short. Run on ComfyUI 0.18.1 and 0.33.0.
+    The vocoder's own rate is kept (48 kHz for LTX-2.3): N = (4T - 3) * 480 there. In one piece; where memory ends, in
+    pieces with so much around them that they are the whole up to rounding, never in the host's tiles. Raises
+    TooLittleMemoryError where these do not fit either. Run on ComfyUI 0.18.1 and 0.33.0.
     """
-    module = audio_module(audio_vae)
+    module, patcher = audio_module(audio_vae), vae_patcher(audio_vae)
     _check_audio_latent(latent)
     latent = latent.float()
-    if module is audio_vae:
-        work = functools.partial(module.decode, latent)
-    else:
-        work = functools.partial(module.decode, latent.to(audio_vae.device))
-    needed = audio_decode_bytes(module, latent.shape)
-    waveform = run_whole(vae_patcher(audio_vae), needed, "decoding the sound", work, full_load=True)
-    return {"waveform": waveform.float().cpu(), "sample_rate": int(module.output_sample_rate)}
+    manages_itself = module is audio_vae
+
+    def decode(steps: torch.Tensor) -> torch.Tensor:
+        return module.decode(steps if manages_itself else steps.to(audio_vae.device))
+
+    def stream(form: SoundForm) -> Iterator[torch.Tensor]:
+        yield decode_sound(decode, latent, form)
+
+    def needed(form: SoundForm) -> float:
+        batch, channels, steps, bins = latent.shape
+        return audio_decode_bytes(module, (batch, channels, form.steps(steps), bins))
+
+    with on_device(patcher.load_device):
+        forms = (ONE_PIECE, IN_PIECES)
+        (waveform,) = stream_in_forms(patcher, forms, stream, needed, "decoding the sound", full_load=True)
+    return {"waveform": waveform, "sample_rate": int(module.output_sample_rate)}
 
 
 def encode_audio(audio_vae, audio: Mapping) -> torch.Tensor:

@@ -25,24 +25,15 @@ WIDEST = 4  # times the network's width
 
 
 def video_decode_bytes(shape, dtype: torch.dtype, width: int = 256) -> float:
-    """Of the host's whole decode of a latent ``shape`` (B, 48, T, H, W), one sample at a time: its frames grow on the
-    device. ``width``: of the decoder."""
+    """Of the host's own decode of a latent ``shape`` (B, 48, T, H, W), one sample at a time: its frames grow on the
+    device. (This pack streams them: see ``video_vae.COUNTS``.) ``width``: of the decoder."""
     frames, area = shape[2], shape[3] * shape[4]
     if frames > 2:
-        fixed, earlier = (
-            DECODE_MORE,
-            JOINED * frames - 2352,
-        )  # the first latent frame is one frame; two are not yet there
+        # The first latent frame is one frame; two are not yet there.
+        fixed, earlier = DECODE_MORE, JOINED * frames - 2352
     else:
         fixed, earlier = (DECODE_ONE, DECODE_TWO)[frames - 1], 0
     return _slack(area * (fixed[0] * width + fixed[1] + earlier), dtype)
-
-
-def streamed_decode_bytes(shape, dtype: torch.dtype, width: int = 256) -> float:
-    """The same where each latent frame's frames leave the device before the next ones come: however many there are."""
-    frames, area = shape[2], shape[3] * shape[4]
-    fixed = (DECODE_ONE, DECODE_TWO, DECODE_MORE)[min(frames, 3) - 1]
-    return _slack(area * (fixed[0] * width + fixed[1] + 48 * frames), dtype)
 
 
 def video_encode_bytes(shape, dtype: torch.dtype, width: int = 160, weight_dtype: torch.dtype | None = None) -> float:

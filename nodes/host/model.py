@@ -47,6 +47,7 @@ from ...nava_core.geometry import (
     frames_of_latents,
 )
 from . import out_of_memory
+from .compiled import compiled_blocks
 from .kernels import HOST_KERNELS
 from .latents import absent_parts, audio_steps_of, check_shapes, map_video, shapes_of
 from .memory import ALLOCATOR_SLACK, PLANNED_RUN, RunSize, attention_workspace, run_bytes, weight_copy_sizes
@@ -84,6 +85,10 @@ class HostBackbone(NavaBackbone):
             attention=host_attention,
             kernels=HOST_KERNELS,
         )
+
+    @torch.compiler.disable  # compiled as a whole, it would be compiled anew for each size: the blocks are, see below
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
 
     def to(self, *args, memory_format=None, **kwargs):
         """As of every module, less ``memory_format``: the server's --force-channels-last is for 2-d convolutions, of
@@ -152,8 +157,9 @@ class HostBackbone(NavaBackbone):
         options["block_type"], options["block_index"] = kind, index
         fetch_next(options.get(PREFETCH), tokens.device, block)
         replacement = options.get("patches_replace", {}).get("dit", {}).get((f"{kind}_block", index))
+        run = super().run_block
         if replacement is None:
-            return block(tokens, state)
+            return run(kind, index, block, tokens, state)
         arguments = {
             "img": tokens,
             "txt": state.context,
@@ -161,7 +167,7 @@ class HostBackbone(NavaBackbone):
             "pe": state.table,
             "transformer_options": options,
         }
-        original = {"original_block": lambda args: {"img": block(args["img"], state)}}
+        original = {"original_block": lambda args: {"img": run(kind, index, block, args["img"], state)}}
         return replacement(arguments, original)["img"]
 
 
@@ -207,7 +213,7 @@ class NavaModel(comfy.model_base.BaseModel):
             masks = comfy.utils.unpack_latents(kwargs["denoise_mask"], shapes)
             for name, mask in zip(("video_steps", "audio_steps"), masks, strict=False):
                 out[name] = comfy.conds.CONDRegular(_generated_steps(mask).to(device))
-        if self._tokens(kwargs["noise"].shape) > BATCH_TOKENS:
+        if self._tokens(kwargs["noise"].shape) > BATCH_TOKENS or self.diffusion_model.compiled is not None:
             out["prediction"] = comfy.conds.CONDConstant(kwargs.get("prompt_type"))
         return out
 
@@ -338,6 +344,7 @@ class NavaModel(comfy.model_base.BaseModel):
             timesteps=batch * (2 if masked else 1),
             timestep_groups=run.shapes[0][2] + audio if masked else 2,
             attention_workspace=attention_workspace(),
+            compiled=self.diffusion_model.compiled is not None,
             **weight_copy_sizes(self),
         )
         if run is not None and PLANNED_RUN in (cond_shapes or {}):
@@ -449,11 +456,12 @@ def outer_sample(
     model._clean = _clean_values(shapes, denoise_mask)
     if callback is not None and len(shapes) > 1 and not host_unpacks():
         callback = video_first(callback, shapes)
+    model.diffusion_model.compiled = compiled_blocks(executor.class_obj.model_options)
     settings = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
     try:
         output = _run_twice(executor, model, lambda: executor(*settings, latent_shapes=latent_shapes))
     finally:
-        model._clean = model._run = None
+        model._clean = model._run = model.diffusion_model.compiled = None
         model._one_by_one = False
     return output if given is None else torch.where(given.to(output.device), latent_image.to(output), output)
 

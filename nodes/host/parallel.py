@@ -6,21 +6,24 @@ Run on ComfyUI 0.18.1 and 0.33.0.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from functools import partial
 
 import comfy.conds
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import torch
 from torch import nn
 
 from ...nava_core.backbone import BackboneConfig
 from ...nava_core.backbone.quantized import FP8
-from ...nava_core.checkpoint import describe_file, open_checkpoint, stream_tensors
 from ...nava_core.parallel import Parallel
 from .model import CROSS_MODAL, HostBackbone, NavaModel
 
 PREFIX = "diffusion_model."
+WRAPPER_KEY = "nava_workers"
 
 
 class DistantBackbone(HostBackbone):
@@ -31,7 +34,7 @@ class DistantBackbone(HostBackbone):
         self.config = BackboneConfig(**config)
         self.dtype = dtype
         self.double_blocks = self.single_blocks = ()
-        self.workers = None
+        self.workers = self.compiled = None
 
     def run_pass(self, video, audio, timestep, context, *, cross_modal, options, **conditions):
         """All predictions of the host's batch, handed to the workers together."""
@@ -76,8 +79,9 @@ class DistantModel(NavaModel):
 def over_workers(patcher, workers: int, layout: str, weights: str):
     """The MODEL computed by ``workers`` workers (see ``nava_core.parallel.Parallel``), with its LoRAs.
 
-    Workers start with the first pass and end with the MODEL, or when another one needs them. Raises ValueError and
-    RuntimeError, in a sentence, for a MODEL of another kind, for what workers cannot do, and as ``Parallel.check``.
+    Workers start with the first pass and end with the MODEL, with an interrupted run, or when another MODEL needs them.
+    Raises ValueError and RuntimeError, in a sentence, for a MODEL of another kind, for what workers cannot do, and as
+    ``Parallel.check``.
     """
     source = patcher.model
     if not isinstance(source, NavaModel):
@@ -95,14 +99,17 @@ def over_workers(patcher, workers: int, layout: str, weights: str):
     keeps_fp8 = source.model_config.custom_operations is not None
     if weight_dtype == "fp8 fast":
         logging.warning("NAVA Parallel: workers dequantise fp8 weights, as with weight_dtype fp8.")
-    dtype = FP8 if keeps_fp8 else source.get_dtype_inference()
+    compute_dtype = source.get_dtype_inference()
+    dtype = FP8 if keeps_fp8 else compute_dtype
     model = DistantModel(source.model_config)
-    model.diffusion_model.dtype = source.get_dtype_inference()
+    model.diffusion_model.dtype = compute_dtype
     distant = comfy.model_patcher.ModelPatcher(model, patcher.load_device, patcher.offload_device)
     _take_over(patcher, distant)
-    patches = {key: list(each) for key, each in patcher.patches.items()}
-    changes = (lambda: _changed_weights(path, dtype, patches)) if patches else None
-    model.diffusion_model.workers = parallel.backbone(path, device, dtype, _say, changes)
+    changes = partial(nullcontext, _weight_changes(patcher.patches))
+    model.diffusion_model.workers = parallel.backbone(
+        path, device, dtype, _say, changes=changes, compute_dtype=compute_dtype
+    )
+    distant.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, end_if_interrupted)
     return distant
 
 
@@ -124,13 +131,23 @@ def _take_over(patcher, distant) -> None:
         setattr(distant, name, getattr(clone, name))
 
 
-def _changed_weights(path, dtype, patches):
-    """(name, weight with its LoRAs merged in, fp32) of the weights that ``patches`` are for."""
-    with open_checkpoint(describe_file(path)) as source:
-        for name, tensor in stream_tensors(source, torch.float32 if dtype is FP8 else dtype):
-            key = PREFIX + name
-            if key in patches:
-                yield name, comfy.lora.calculate_weight(patches[key], tensor.float(), key)
+def _weight_changes(patches):
+    """What the host's ``patches`` (LoRAs) do to the backbone's weights, by the weights' names."""
+
+    def change(key, weight):
+        return comfy.lora.calculate_weight(patches[key], weight.clone(), key)
+
+    patches = {key: list(each) for key, each in patches.items() if key.startswith(PREFIX)}
+    return {key.removeprefix(PREFIX): partial(change, key) for key in patches}
+
+
+def end_if_interrupted(executor, *args, **kwargs):
+    """Around a run: an interruption between two passes, too, ends the workers."""
+    try:
+        return executor(*args, **kwargs)
+    except comfy.model_management.InterruptProcessingException:
+        executor.class_obj.model_patcher.model.diffusion_model.workers.close()
+        raise
 
 
 def _say(sentence: str) -> None:

@@ -3,12 +3,17 @@
 Its latents, (B, 48, T, H, W), are in the VAE's own space. The model works on latents normalised by Wan2.2's
 per-channel mean and std: ComfyUI applies those in the latent format ``Wan22`` (``process_in`` / ``process_out`` of the
 model), never in the VAE; the makers' wrapper applies the same 48 + 48 numbers around their VAE.
+
+Decoding takes the host's network a latent frame at a time, which is what it does itself, but gives each part of the
+picture away at once: the memory does not grow with the clip. (The host keeps the whole picture on the GPU, twice.)
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import comfy.ldm.wan.vae2_2
@@ -18,12 +23,28 @@ import comfy.utils
 import torch
 
 from ...nava_core.checkpoint import FileKind, WrongFileError, describe_file, explain_wrong_file
-from ...nava_core.geometry import VIDEO_CHANNELS
+from ...nava_core.decoding import (
+    DecodeForm,
+    DecoderCounts,
+    Decoding,
+    FrameMemory,
+    choose_form,
+    collect,
+    in_single_frames,
+    pixels_of,
+    stream_frames,
+    wide_level,
+    with_memory,
+)
+from ...nava_core.geometry import PIXELS_PER_LATENT, VIDEO_CHANNELS, frames_of_latents
 from ...nava_core.media import LATENTS_STAGE, check_finite
 from .component_memory import video_decode_bytes, video_encode_bytes
 from .latents import video_part
-from .vae import run_whole, set_reload, what_vae
+from .vae import has_room, on_device, run_whole, set_reload, stream_in_forms, what_vae
 
+# Of the host's decoder, counted tensor by tensor at the released width, in either type
+COUNTS = DecoderCounts(whole=15.0, single=11.5, in_ram=5.55, remembered=6.97)
+COUNTS_OF_ONE = DecoderCounts(whole=4.41, single=4.41, in_ram=1.75, remembered=2.66)  # where there is one latent frame
 RELEASED_WIDTHS = (160, 256)  # encoder and decoder of the Wan2.2 VAE, the only ones the host builds by itself
 
 
@@ -64,26 +85,108 @@ def load_video_vae(path: str | Path, device: str = "default") -> comfy.sd.VAE:
     return vae
 
 
-def decode_video(
-    vae: comfy.sd.VAE,
-    latent: torch.Tensor,
-    *,
-    tile_size: int | None = None,
-    overlap: int = 64,
-    temporal_size: int | None = None,
-    temporal_overlap: int = 8,
-) -> torch.Tensor:
+def decode_video(vae: comfy.sd.VAE, latent: torch.Tensor, decoding: Decoding | None = None) -> torch.Tensor:
     """Video latent (B, 48, T, H, W) in the VAE's space -> IMAGE (B * (4T - 3), 16H, 16W, 3), fp32, 0..1.
 
-    Whole by default (the host falls back to tiles when memory runs out); with ``tile_size`` in tiles of that
-    many pixels, ``temporal_size`` frames at a time (None: all), overlapping as given. Run on ComfyUI 0.18.1 and 0.33.0.
+    In the first of the forms of ``decoding`` that there is memory for: whole frames are bit for bit those of the host's
+    own decode. Where memory ends, the log says so and the next form goes on; see :func:`stream_in_forms`. A VAE that is
+    no Wan2.2 network, such as a preview decoder, is left to the host. Run on ComfyUI 0.18.1 and 0.33.0.
     """
     _check_video(vae, latent)
-    if tile_size is None:
-        images = vae.decode(latent)
+    decoding = decoding or Decoding()
+    decode = _decode_clip if _is_streamable(vae.first_stage_model) else _decode_by_host
+    with on_device(vae.device):
+        clips = [decode(vae, clip[None], decoding) for clip in latent]
+    return clips[0] if len(clips) == 1 else torch.cat(clips)
+
+
+def _decode_clip(vae: comfy.sd.VAE, latent: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+    decoder, shape = _Decoder(vae), latent.shape
+    counts = COUNTS if shape[2] > 1 else COUNTS_OF_ONE
+
+    def needed(form: DecodeForm) -> int:
+        return counts.device_bytes(form, *shape[-2:], decoder.width, decoder.dtype)
+
+    def fits(form: DecodeForm) -> bool:
+        in_ram = counts.ram_bytes(form, shape, decoder.width, decoder.dtype) if form.in_ram else 0
+        free_ram = comfy.model_management.get_free_memory(torch.device("cpu"))
+        return in_ram <= free_ram and has_room(vae, needed(form))
+
+    on_gpu = decoder.device.type != "cpu"
+    forms = choose_form(decoding, decoding.forms(*shape[-2:], needed, on_gpu=on_gpu), fits)
+    logging.info(f"NAVA decodes {shape[-1] * PIXELS_PER_LATENT}x{shape[-2] * PIXELS_PER_LATENT} in {forms[0]}.")
+    progress = comfy.utils.ProgressBar(shape[2])
+
+    def step(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        progress.update_absolute(done, total)
+
+    def stream(form: DecodeForm) -> Iterator[torch.Tensor]:
+        return stream_frames(decoder, latent, form, step, at_once=True)
+
+    parts = stream_in_forms(vae.patcher, forms, stream, needed, "decoding the picture", full_load=vae.disable_offload)
+    return collect(parts, frames_of_latents(shape[2]))
+
+
+def _decode_by_host(vae: comfy.sd.VAE, latent: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+    if decoding.choice == "tiled":
+        tile, overlap = (size // vae.spacial_compression_decode() for size in (decoding.tile, decoding.overlap))
+        images = vae.decode_tiled(latent, tile_x=tile, tile_y=tile, overlap=overlap)
     else:
-        images = vae.decode_tiled(latent, **_tiles(vae, tile_size, overlap, temporal_size, temporal_overlap))
+        images = vae.decode(latent)
     return images.reshape(-1, *images.shape[-3:]).float()
+
+
+def _is_streamable(network: torch.nn.Module) -> bool:
+    """Whether a network decodes as the host's Wan2.2 one: a latent frame at a time, with a memory that is handed in."""
+    stock = comfy.ldm.wan.vae2_2.WanVAE
+    if getattr(network.decode, "__func__", None) is not stock.decode:
+        return False
+    taken = inspect.signature(network.decoder.forward).parameters
+    return all(name in taken for name in ("feat_cache", "feat_idx", "first_chunk"))
+
+
+class _Decoder:
+    """The host's decoder, a latent frame at a time."""
+
+    counts = COUNTS
+
+    def __init__(self, vae: comfy.sd.VAE) -> None:
+        self.vae, self.network = vae, vae.first_stage_model
+        self.device, self.dtype = vae.device, vae.vae_dtype
+        self.width = self.network.decoder.head[0].gamma.shape[0]
+
+    def begin(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.network.conv2(latent.to(self.device, self.dtype)).to(latent.device)
+
+    def frames(self, latent: torch.Tensor, memory: FrameMemory, *, first: bool, single: bool) -> torch.Tensor:
+        latent, decoder = latent.to(self.device), self.network.decoder
+        if single and not first:
+            channels = in_single_frames(self._levels(), wide_level(decoder.temperal_upsample), latent, memory)
+        else:
+            channels = decoder(latent, feat_cache=memory, feat_idx=[0], first_chunk=first)
+        picture = pixels_of(channels)
+        picture = picture.to(device=self.vae.output_device, dtype=self.vae.vae_output_dtype(), copy=True)
+        return self.vae.process_output(picture).float()
+
+    def _levels(self) -> list[Callable]:
+        """in_single_frames' levels: what comes before time is doubled is with the first of them."""
+        decoder = self.network.decoder
+        *_, remembering = decoder.head
+        first, *others = decoder.upsamples
+        *blocks, last = others
+
+        def begin(latent, memory, number):
+            latent = with_memory(decoder.conv1, latent, memory, number)
+            for layer in decoder.middle:
+                has_memory = isinstance(layer, comfy.ldm.wan.vae2_2.ResidualBlock)
+                latent = layer(latent, memory, number) if has_memory else layer(latent)
+            return first(latent, memory, number)
+
+        def end(latent, memory, number):
+            return with_memory(remembering, decoder.head[:-1](last(latent, memory, number)), memory, number)
+
+        return [begin, *blocks, end]
 
 
 def encode_video(vae: comfy.sd.VAE, images: torch.Tensor) -> torch.Tensor:
@@ -141,19 +244,6 @@ def _check_video(vae, latent: torch.Tensor | None = None) -> None:
         )
 
 
-def _tiles(vae: comfy.sd.VAE, size: int, overlap: int, frames: int | None, frame_overlap: int) -> dict:
-    """Pixels and frames -> the latent units of the host's tiled decode, in the way of its own tiled node."""
-    space, time = vae.spacial_compression_decode(), vae.temporal_compression_decode()
-    if size < 2 * space:
-        raise ValueError(f"Tiles of {size} pixels are too small: at least {2 * space} are needed.")
-    overlap = min(overlap, size // 4)
-    tiles = {"tile_x": size // space, "tile_y": size // space, "overlap": overlap // space}
-    if frames is not None:
-        tiles["tile_t"] = max(2, frames // time)
-        tiles["overlap_t"] = max(1, min(tiles["tile_t"] // 2, frame_overlap // time))
-    return tiles
-
-
 def _video_dimensions(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, tuple[int, int]]:
     """(latent channels, (encoder width, decoder width))."""
     try:
@@ -195,8 +285,8 @@ def _video_vae_of_width(
     return vae
 
 
-def decode_video_clips(vae: comfy.sd.VAE, latent: Mapping, **tiles) -> list[torch.Tensor]:
-    """A LATENT's picture as one IMAGE (T, H, W, 3) for each clip of the batch; ``tiles`` as for ``decode_video``."""
+def decode_video_clips(vae: comfy.sd.VAE, latent: Mapping, decoding: Decoding) -> list[torch.Tensor]:
+    """A LATENT's picture as one IMAGE (T, H, W, 3) for each clip of the batch."""
     clips = video_part(latent)
     check_finite(clips, LATENTS_STAGE)
-    return [decode_video(vae, clip[None], **tiles) for clip in clips]
+    return [decode_video(vae, clip[None], decoding) for clip in clips]

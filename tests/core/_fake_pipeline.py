@@ -4,34 +4,36 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
+
+import torch
+
+from nava_core.pipeline import ClipLatents
 
 DELAY = float(os.environ.get("FAKE_SECONDS_A_CLIP", "0"))
 
 
-class FakeClip:
-    report = "a fake clip"
+REPORT = "a fake clip"
 
-    def __init__(self, request):
-        self.request = request
-        self.warnings = ("the voice is quiet",) if request["voices"] else ()
-        if "CUT" in request["prompt"]:
-            self.warnings = (self.report,)
 
-    def save(self, path):
-        text = json.dumps(self.request, default=str, sort_keys=True)
-        with Path(path).open("w") as file:
-            for part in (text[:10], text[10:]):
-                file.write(part)
-                file.flush()
-                time.sleep(DELAY / 2)
+def fake_latents(request):
+    """Latents of one frame or step that say what was asked for."""
+    warnings = ("the voice is quiet",) if request["voices"] else ()
+    if "CUT" in request["prompt"]:
+        warnings = (REPORT,)
+    video = None if request["mode"] == "audio" else torch.zeros(1, 48, 1, 2, 2)
+    audio = torch.zeros(1, 8, 2, 16) if request["mode"] == "audio" else None
+    settings = json.loads(json.dumps(request, default=str, sort_keys=True))
+    return ClipLatents(video, audio, 1 / 24 if audio is None else 0.08, REPORT, warnings, settings)
 
 
 class FakePipeline:
     """Fails for prompts with BOOM, is interrupted by INTERRUPT; remembers what it was asked for.
 
-    ``faults``: errors by a word of the prompt that brings them about.
+    ``faults``: errors by a word of the prompt that brings them about, in ``denoise``, or where the word begins with
+    DECODE in ``save``. ``saved``: the latents that clips were made of.
     """
 
     faults: ClassVar[dict[str, Exception]] = {}
@@ -39,14 +41,30 @@ class FakePipeline:
     def __init__(self, *opened, **options):
         self.options = options
         self.requests = []
+        self.saved = []
 
-    def __call__(self, prompt, *, callback, **request):
+    def save(self, latents, path, *, callback=None):
+        self.saved.append(latents)
+        for word, error in self.faults.items():
+            if word.startswith("DECODE") and word in latents.settings.get("prompt", ""):
+                raise error
+        text = json.dumps(latents.settings, sort_keys=True)
+        with Path(path).open("w") as file:
+            for part in (text[:10], text[10:]):
+                file.write(part)
+                file.flush()
+                time.sleep(DELAY / 2)
+        if callback is not None:
+            callback(1, 1)
+        return path
+
+    def denoise(self, prompt, *, callback, **request):
         self.requests.append({"prompt": prompt, **request})
         for word, error in self.faults.items():
-            if word in prompt:
+            if word in prompt and not word.startswith("DECODE"):
                 raise error
         if "CUT" in prompt:
-            self.options["say"](FakeClip.report)
+            self.options["say"](REPORT)
         if "BOOM" in prompt:
             raise RuntimeError("The network returned NaN\nat step 3.")
         if "INTERRUPT" in prompt:
@@ -55,20 +73,19 @@ class FakePipeline:
             raise OSError(28, "No space left on device", "clip.mp4")
         for step in range(1, request["steps"] + 1):
             callback(step, request["steps"], None, None)
-        return FakeClip({"prompt": prompt, **request})
+        return fake_latents({"prompt": prompt, **request})
 
 
 class TellingPipeline(FakePipeline):
     """Clips that hold which process of which Ray node made them, and the words of the voices it was given."""
 
-    def __call__(self, prompt, *, callback, **request):
+    def denoise(self, prompt, *, callback, **request):
         import ray
 
-        clip = super().__call__(prompt, callback=callback, **request)
+        latents = super().denoise(prompt, callback=callback, **request)
         node = ray.get_runtime_context().get_node_id()
         voices = [Path(voice).read_bytes().decode() for voice in request["voices"]]
-        clip.request = {"prompt": prompt, "pid": os.getpid(), "node": node, "voices": voices}
-        return clip
+        return replace(latents, settings={"prompt": prompt, "pid": os.getpid(), "node": node, "voices": voices})
 
 
 if __name__ == "__main__":

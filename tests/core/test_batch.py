@@ -18,6 +18,7 @@ from nava_core.batch import Watcher, check_batch, run_batch
 from nava_core.checkpoint import WrongFileError
 from nava_core.jobs import Defaults, LineError
 from nava_core.lines import MAX_LINE, parse_line
+from nava_core.pipeline import ClipLatents
 from nava_core.prompt import default_negative
 from nava_core.sampling import CONDITIONAL
 
@@ -398,10 +399,9 @@ class Takes(fake.FakePipeline):
         super().__init__()
         self.take = take
 
-    def __call__(self, prompt, **request):
-        clip = super().__call__(prompt, **request)
-        clip.request["take"] = self.take
-        return clip
+    def denoise(self, prompt, **request):
+        latents = super().denoise(prompt, **request)
+        return replace(latents, settings={**latents.settings, "take": self.take})
 
 
 def test_remake_leaves_no_earlier_clip(tmp_path):
@@ -542,13 +542,10 @@ def test_models_found_unusable_in_a_clip_end_the_batch(tmp_path, pipeline, fault
     assert statuses(run(source, out, pipeline)) == ["skipped", "made", "made"]
 
 
-def test_a_package_missed_in_saving_ends_the_batch(tmp_path, pipeline, monkeypatch):
-    def save(clip, path):
-        raise ModuleNotFoundError("No module named 'av'", name="av")
-
-    monkeypatch.setattr(fake.FakeClip, "save", save)
+def test_a_package_missed_in_saving_ends_the_batch(tmp_path, pipeline):
+    pipeline.faults = {"DECODE": ModuleNotFoundError("No module named 'av'", name="av")}
     with pytest.raises(ModuleNotFoundError):
-        run(write(tmp_path, {"prompt": "one"}, {"prompt": "two"}), tmp_path / "out", pipeline)
+        run(write(tmp_path, {"prompt": "DECODE"}, {"prompt": "two"}), tmp_path / "out", pipeline)
     assert len(pipeline.requests) == 1
 
 
@@ -759,6 +756,89 @@ def test_of_two_prompts_in_a_line_the_first_key_counts(tmp_path):
     assert (job.prompt, job.warnings) == ("a", ("The prompt is 'prompt'; 'text' says another.",))
 
 
+# --- latents -----------------------------------------------------------------------------------------------------
+
+
+def kept(out):
+    return sorted(path.name for path in out.iterdir() if path.name.endswith(".latents.safetensors"))
+
+
+@pytest.fixture
+def undecoded(tmp_path, pipeline):
+    """A batch of which one clip's latents were kept and its decoding failed."""
+    lines = [{"prompt": "DECODE", "id": "a", "save_latents": True, "seed": 4}, {"prompt": "two", "id": "b"}]
+    source, out = write(tmp_path, *lines), tmp_path / "out"
+    pipeline.faults = {"DECODE": RuntimeError("The GPU is gone.")}
+    assert statuses(run(source, out, pipeline)) == ["failed", "made"]
+    assert (clips(out), kept(out)) == (["b.mp4"], ["a.mp4.latents.safetensors"])
+    pipeline.faults, pipeline.requests = {}, []
+    return source, out
+
+
+def test_a_clip_is_finished_from_its_latents(undecoded, pipeline):
+    source, out = undecoded
+    finished, _ = run(source, out, pipeline).outcomes
+    assert pipeline.requests == []  # nothing was denoised
+    assert (finished.status, finished.from_latents, finished.latents) == ("made", True, "a.mp4.latents.safetensors")
+    assert json.loads((out / "a.mp4").read_text())["seed"] == 4
+    record = next(record for record in records(out) if record.get("file") == "a.mp4")
+    assert (record["from_latents"], record["latents"]) == (True, "a.mp4.latents.safetensors")
+    assert statuses(run(source, out, pipeline)) == ["skipped", "skipped"]
+    assert kept(out) == ["a.mp4.latents.safetensors"]
+
+
+def test_latents_of_another_content_are_not_used(undecoded, pipeline, tmp_path):
+    _, out = undecoded
+    before = (out / "a.mp4.latents.safetensors").read_bytes()
+    source = write(tmp_path, {"prompt": "DECODE", "id": "a", "seed": 5})
+    (outcome,) = run(source, out, pipeline).outcomes
+    assert (outcome.status, outcome.from_latents, outcome.latents) == ("made", None, None)
+    assert [request["seed"] for request in pipeline.requests] == [5]
+    assert (out / "a.mp4.latents.safetensors").read_bytes() == before  # asked for by nobody, and touched by nobody
+
+
+@pytest.mark.parametrize("damage", ["cut", "NaN", "another file", "remake"])
+def test_latents_that_cannot_be_used_are_made_again(undecoded, pipeline, damage):
+    source, out = undecoded
+    path = out / "a.mp4.latents.safetensors"
+    whole = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(whole[:-9])
+    elif damage == "NaN":
+        path.write_bytes(whole[:-4] + b"\x00\x00\xc0\x7f")
+    elif damage == "another file":
+        path.write_text("mine")
+    (outcome, _) = run(source, out, pipeline, remake=damage == "remake").outcomes
+    assert (outcome.status, outcome.from_latents, outcome.latents) == ("made", None, path.name)
+    assert pipeline.requests[0]["seed"] == 4
+    assert ClipLatents.load(path).key == outcome.key
+
+
+def test_keeping_latents_is_no_part_of_the_content(tmp_path, pipeline):
+    source, out = write(tmp_path, {"prompt": "one"}, {"prompt": "two", "save_latents": False}), tmp_path / "out"
+    kept_by_default = replace(FAST, save_latents=True)
+    first = run_batch(source, out, lambda: pipeline, kept_by_default)
+    assert len(kept(out)) == 1
+    assert kept(out)[0] == f"{first.outcomes[0].file}.latents.safetensors"
+    assert statuses(run(source, out, pipeline)) == ["skipped", "skipped"]
+    key = first.outcomes[0].key
+    assert parse_line(b'{"prompt": "one", "save_latents": true}', tmp_path, FAST).key() == key
+    assert ClipLatents.load(out / kept(out)[0]).key == key
+    wrong = run(write(tmp_path, {"prompt": "one", "save_latents": "yes"}), out, pipeline)
+    assert "save_latents must be true or false" in wrong.failures[0].error
+
+
+def test_a_disk_that_is_full_for_the_latents_ends_the_batch(tmp_path, pipeline, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ClipLatents, "save", full)
+    source = write(tmp_path, {"prompt": "one", "save_latents": True}, {"prompt": "two"})
+    with pytest.raises(OSError, match="No space left"):
+        run(source, tmp_path / "out", pipeline)
+    assert clips(tmp_path / "out") == []
+
+
 # --- kills -------------------------------------------------------------------------------------------------------
 
 
@@ -772,11 +852,11 @@ def models(tmp_path_factory):
     return made["backbone"].parent
 
 
-def start(source, out, models, seconds):
+def start(source, out, models, seconds, *options):
     environment = {**os.environ, "FAKE_SECONDS_A_CLIP": str(seconds), "PYTHONPATH": str(FAKE.parents[2])}
     command = [sys.executable, str(FAKE), "batch", str(source), "--out", str(out), "--steps", "2"]
     return subprocess.Popen(
-        [*command, "--models", str(models)],
+        [*command, "--models", str(models), *options],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -822,3 +902,22 @@ def test_killed_in_the_middle_and_resumed(tmp_path, models, kind, code):
     assert len(kept) >= len(first) - 1  # a kill between the clip's place and its record costs that clip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["counts"]["made"] + summary["counts"]["skipped"] == 12
+
+
+def test_killed_while_decoding_and_finished_from_the_latents(tmp_path, models):
+    source, out = write(tmp_path, {"prompt": "one", "id": "a"}, {"prompt": "two", "id": "b"}), tmp_path / "out"
+    process = start(source, out, models, 20, "--save-latents")
+    wait_for(lambda: out.is_dir() and kept(out) and list(out.glob(".unfinished/*.mp4")), process)
+    process.kill()
+    process.communicate(timeout=30)
+    assert (clips(out), kept(out)) == ([], ["a.mp4.latents.safetensors"])
+    made = (out / "a.mp4.latents.safetensors").stat().st_mtime_ns
+    process = start(source, out, models, 0)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert "Line 1: a.mp4 in " in said
+    assert ", from the latents that were kept" in said
+    assert said.count("from the latents") == 1
+    assert clips(out) == ["a.mp4", "b.mp4"]
+    assert (out / "a.mp4.latents.safetensors").stat().st_mtime_ns == made
+    assert not (out / ".unfinished").exists()

@@ -11,13 +11,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 ray = pytest.importorskip("ray", reason="several workers need the package ray (the extra parallel)")
 
@@ -28,6 +31,7 @@ from nava_core.demo import make_small_models  # noqa: E402
 from nava_core.jobs import Defaults  # noqa: E402
 from nava_core.parallel import batch as workers  # noqa: E402
 from nava_core.parallel import cluster  # noqa: E402
+from nava_core.pipeline import ClipLatents  # noqa: E402
 
 FAKE = Path(__file__).with_name("_fake_pipeline.py")
 spec = importlib.util.spec_from_file_location("_fake_pipeline", FAKE)
@@ -59,9 +63,24 @@ def write(folder, *lines):
     return path
 
 
-def run(source, out, pipeline=fake.FakePipeline, count=2, **options):
-    runner = partial(workers.WorkersRunner, count=count, gpus=0)
+def run(source, out, pipeline=fake.FakePipeline, count=2, sharing=None, **options):
+    runner = partial(workers.WorkersRunner, count=count, gpus=0, sharing=sharing)
     return run_batch(source, out, pipeline, FAST, make_runner=runner, **options)
+
+
+def gone(pids, seconds=20):
+    """Whether these processes end; a machine with nothing else to do takes a few seconds."""
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not any(map(alive, pids))
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def statuses(result):
@@ -75,7 +94,7 @@ def files(out):
 class Tells(fake.FakePipeline):
     """Clips that hold what a test wants to know of the worker; some words of a prompt end or delay it."""
 
-    def __call__(self, prompt, *, callback, **request):
+    def denoise(self, prompt, *, callback, **request):
         if prompt.startswith("DIE"):
             marks = Path(prompt.split()[1])
             marks.write_text(f"{marks.read_text() if marks.exists() else ''}{os.getpid()}\n")
@@ -83,15 +102,15 @@ class Tells(fake.FakePipeline):
                 os.kill(os.getpid(), signal.SIGKILL)
         if "SLOW" in prompt:
             time.sleep(0.5)
-        clip = super().__call__(prompt, callback=callback, **request)
+        latents = super().denoise(prompt, callback=callback, **request)
         image = request["image"] and Path(request["image"]).read_bytes().decode()
         voices = [Path(voice).read_bytes().decode() for voice in request["voices"]]
         environment = {name: value for name, value in os.environ.items() if "ALLOC" in name}
-        clip.request = {
+        settings = {
             "prompt": prompt, "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "image": image,
             "voices": voices, "environment": environment,
         }  # fmt: skip
-        return clip
+        return replace(latents, settings=settings)
 
 
 def told(out):
@@ -187,17 +206,40 @@ def test_pictures_and_voices_travel_and_the_environment_is_clean(tmp_path, ray_h
     assert not any("cudaMallocAsync" in value for clip in clips for value in clip["environment"].values())
 
 
+class Undecoded(Tells):
+    """Fails to decode the clips that a mark is there for."""
+
+    def save(self, latents, path, **options):
+        if Path(latents.settings["prompt"]).exists():
+            raise RuntimeError("The GPU is gone.")
+        return super().save(latents, path, **options)
+
+
+def test_latents_travel_and_a_clip_is_finished_from_them(tmp_path, ray_here):
+    mark, out = tmp_path / "mark", tmp_path / "out"
+    mark.touch()
+    source = write(tmp_path, {"prompt": str(mark), "id": "a", "save_latents": True}, {"prompt": "two", "id": "b"})
+    assert statuses(run(source, out, Undecoded)) == ["failed", "made"]
+    path = out / "a.mp4.latents.safetensors"
+    before = path.read_bytes()
+    assert sorted(each.name for each in out.glob("*.latents.safetensors")) == [path.name]
+    denoised = ClipLatents.load(path).settings["pid"]
+    mark.unlink()
+    finished, _ = run(source, out, Undecoded).outcomes
+    assert (finished.status, finished.from_latents, finished.latents) == ("made", True, path.name)
+    assert json.loads((out / "a.mp4").read_text())["pid"] == denoised
+    assert path.read_bytes() == before
+
+
 def test_a_message_names_the_file_that_was_given(tmp_path, ray_here):
     (tmp_path / "a.png").write_text("no picture")
 
-    def opener():
-        def pipeline(**request):
+    class Blind:
+        def denoise(self, **request):
             raise ValueError(f"{request['image']} is no picture.")
 
-        return pipeline
-
     source = write(tmp_path, {"prompt": "one", "image_path": "a.png"})
-    (failed,) = run(source, tmp_path / "out", opener).failures
+    (failed,) = run(source, tmp_path / "out", Blind).failures
     assert failed.error == f"{tmp_path / 'a.png'} is no picture."
 
 
@@ -252,6 +294,156 @@ def test_three_deaths_are_a_failed_line(tmp_path, ray_here):
     assert statuses(result) == ["failed", "made"]
     assert "3 workers ended over this clip" in result.failures[0].error
     assert len(marks.read_text().split()) == 3
+
+
+# --- several workers for each clip -------------------------------------------------------------------------------
+
+OPTIONS = ["--device", "cpu", "--seconds", "0.5", "--size", "64x32", "--steps", "2"]
+
+
+def small_batch(folder):
+    return write(
+        folder,
+        {"prompt": "Rain on a roof.", "id": "rain"},
+        {"prompt": "A bell.", "audio_only": True, "id": "bell"},
+        {"prompt": "A dog barks.", "id": "dog"},
+    )
+
+
+def sharing_workers():
+    """Ids of the processes that compute a clip together with others."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cmdline").read_bytes().startswith(b"ray::NavaWorker"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_one_process(tmp_path_factory, models):
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("one")
+    command = ["batch", str(small_batch(folder)), "--out", str(folder / "out"), "--models", str(models), *OPTIONS]
+    assert main(command) == 0
+    return files(folder / "out")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory, models):
+    """A LoRA for two layers of the small backbone."""
+    from safetensors.torch import save_file
+
+    from nava_core import load_backbone
+
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    backbone, generator, tensors = load_backbone(models / "NAVA_tiny.safetensors"), torch.Generator().manual_seed(1), {}
+    for layer in ("double_blocks.0.self_attn.q_audio", "single_blocks.0.ffn.0"):
+        rows, columns = backbone.get_parameter(f"{layer}.weight").shape
+        tensors[f"{layer}.lora_up.weight"] = torch.randn(rows, 4, generator=generator)
+        tensors[f"{layer}.lora_down.weight"] = torch.randn(4, columns, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
+def test_two_clips_at_a_time_over_two_workers_each(tmp_path, ray_here, models, by_one_process):
+    """Predictions side by side: the very bytes of one process."""
+    out, seen = tmp_path / "out", set()
+    command = ["batch", str(small_batch(tmp_path)), "--out", str(out), "--models", str(models), *OPTIONS]
+    stop = threading.Event()
+
+    def look():
+        while not stop.wait(0.2):
+            seen.update(sharing_workers())
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    try:
+        assert main([*command, "--workers", "2", "--parallel", "2", "--layout", "2x1"]) == 0
+    finally:
+        stop.set()
+        watch.join()
+    assert files(out) == by_one_process
+    assert len(seen) == 4  # a parallel path that is not taken would have none
+    assert gone(seen)
+
+
+def test_one_clip_at_a_time_over_two_workers_with_a_lora(tmp_path, ray_here, models, lora, by_one_process):
+    """Without --workers this process makes the clips, and the LoRA reaches the workers."""
+    made = {}
+    for name, more in (("one", []), ("shared", ["--parallel", "2", "--layout", "2x1"])):
+        command = ["batch", str(small_batch(tmp_path)), "--out", str(tmp_path / name), "--models", str(models)]
+        assert main([*command, *OPTIONS, "--lora", str(lora), *more]) == 0
+        made[name] = files(tmp_path / name)
+    assert made["shared"] == made["one"]
+    assert made["one"]["bell.wav"] != by_one_process["bell.wav"]
+
+
+def test_a_killed_member_of_a_group_loses_no_line(tmp_path, ray_here, models, by_one_process, capsys):
+    out, killed, before = tmp_path / "out", [], set(sharing_workers())
+    command = ["batch", str(small_batch(tmp_path)), "--out", str(out), "--models", str(models), *OPTIONS]
+
+    def kill_one():
+        while not killed:
+            for pid in sorted(set(sharing_workers()) - before)[1:2]:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    assert main([*command, "--workers", "1", "--parallel", "2", "--layout", "2x1"]) == 0
+    assert killed
+    assert files(out) == by_one_process
+    assert "has ended: its clip goes to another" in capsys.readouterr().err
+
+
+def test_a_killed_owner_of_a_group_loses_no_line_and_leaves_no_worker(tmp_path, ray_here):
+    """The process that runs a clip's stages dies: the workers it had go with it, and others take their places."""
+    marks = tmp_path / "marks"
+    source = write(tmp_path, {"prompt": f"DIE {marks} 1"}, {"prompt": "one"})
+    result = run(source, tmp_path / "out", Owns, count=1, sharing=2)
+    assert statuses(result) == ["made"] * 2
+    owned = [set(map(int, line.split())) for line in (tmp_path / "marks.workers").read_text().splitlines()]
+    assert len(owned) == 2
+    assert all(len(pids) == 2 for pids in owned)
+    assert gone(set.union(*owned))
+
+
+class Owns(Tells):
+    """Starts two workers of its own for its first clip, and tells them."""
+
+    def __init__(self):
+        super().__init__()
+        self.workers = None
+
+    def __call__(self, prompt, **request):
+        from nava_core.parallel.workers import Workers
+
+        if self.workers is None:
+            self.workers = Workers(2, "cpu", 0)
+            if prompt.startswith("DIE"):
+                with Path(prompt.split()[1] + ".workers").open("a") as file:
+                    file.write(" ".join(str(about["pid"]) for about in self.workers.about) + "\n")
+        return super().__call__(prompt, **request)
+
+
+def test_groups_that_do_not_fit(tmp_path, ray_here):
+    runner = partial(workers.WorkersRunner, count=3, gpus=0, sharing=2)
+    with pytest.raises(
+        cluster.ClusterError, match=r"3 workers need 2 CPUs each, and there are 4: .* smaller --parallel"
+    ):
+        run_batch(write(tmp_path, {"prompt": "one"}), tmp_path / "out", refuse, FAST, make_runner=runner)
+
+
+def test_a_layout_that_does_not_fit_the_model_is_refused_before_workers_start(tmp_path, models, capsys):
+    command = ["batch", str(small_batch(tmp_path)), "--out", str(tmp_path / "out"), "--models", str(models), *OPTIONS]
+    assert main([*command, "--workers", "2", "--parallel", "3", "--layout", "1x3"], open_pipeline=refuse) == 2
+    assert "attention heads cannot be shared evenly by 3 workers" in capsys.readouterr().err
+    assert main([*command, "--workers", "2", "--layout", "1x2"], open_pipeline=refuse) == 2
+    assert "give --parallel N too" in capsys.readouterr().err
 
 
 # --- what is not there -------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks import backbone as benchmark
+from benchmarks import decode as decoding
+from benchmarks import streaming
 from benchmarks.plain import PlainBackbone
 from nava_core.backbone import BackboneConfig, NavaBackbone
 
@@ -155,3 +157,67 @@ def test_wrong_arguments_end_in_a_sentence(arguments, words, capsys):
 def test_results_that_are_not_finite_are_refused():
     with pytest.raises(RuntimeError, match="not finite"):
         benchmark.difference((None, torch.tensor([float("nan")])), (None, torch.ones(1)))
+
+
+# ---------------------------------------------------------------- streaming
+
+
+def test_the_streaming_command_reports_every_share(tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    path = tmp_path / "figures.json"
+    streaming.main(["--steps", "2", "--weights", "fp8", "--json", str(path)])
+    report = json.loads(path.read_text())
+    assert [case["resident"] for case in report["cases"]] == [1.0, 0.5, 0.25, 0.0]
+    assert [len(case["streamed_blocks"]) for case in report["cases"]] == [0, 5, 7, 9]
+    for case in report["cases"]:
+        assert case["equal_to_resident"]
+        assert case["step_seconds"] > 0
+        assert case["first_step_seconds"] > 0
+        assert case["live_bytes_beside_weights"] > 0
+    assert "| 25% |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--size", "64x64"], "WIDTHxHEIGHTxLATENT_FRAMES"), (["--steps", "1"], "at least 2")]
+)
+def test_wrong_arguments_of_streaming_end_in_a_sentence(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        streaming.main(arguments)
+    assert words in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def test_the_decoding_command_reports_every_form(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    path = tmp_path / "figures.json"
+    decoding.main(["--width", "small", "--size", "160x64x2", "--json", str(path)])
+    report = json.loads(path.read_text())
+    forms = report["video"]
+    assert [(form["tile"], form["overlap"]) for form in forms] == [(0, 0), (0, 0), (128, 64)]
+    assert [form["equal"] for form in forms[:1]] == [True]
+    assert forms[1]["largest"] < 1e-5 < forms[2]["relative_rms"] < 1
+    for form in [*forms, *report["sound"]["forms"]]:
+        assert form["seconds"] > 0
+        assert form["peak_bytes"] > 0
+    assert forms[1]["peak_bytes"] < forms[0]["peak_bytes"]
+    assert forms[0]["peak_bytes"] < forms[0]["estimated_bytes"] * 1.1
+    assert report["sound"]["forms"][1]["relative_rms"] < 1e-4
+    printed = capsys.readouterr().out
+    assert "| tiles of 128 pixels, 64 shared |" in printed
+    assert "random weights" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--size", "128x64"], "WIDTHxHEIGHTxLATENT_FRAMES"),
+        (["--size", "130x64x2"], "multiples of 16"),
+        (["--vae", "gone.safetensors"], "--vae: there is no file gone.safetensors"),
+    ],
+)
+def test_wrong_arguments_for_decoding_end_in_a_sentence(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        decoding.parse(arguments)
+    assert words in capsys.readouterr().err

@@ -4,8 +4,10 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from nava_core.checkpoint import WrongFileError
 from nava_core.cli import main
 from nava_core.cli.progress import Progress, format_duration
+from nava_core.decoding import Decoding
 from nava_core.demo import make_small_models
+from nava_core.pipeline import ClipLatents
 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("_fake_pipeline.py")
 spec = importlib.util.spec_from_file_location("_fake_pipeline", FAKE)
 fake = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fake)
-COMMANDS = ("generate", "batch", "convert", "inspect", "demo")
+COMMANDS = ("generate", "batch", "decode", "convert", "inspect", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +118,11 @@ def test_help_needs_no_torch():
         (["generate", "a", "--out", "."], "is a folder"),
         (["generate", "a", "--audio-only", "--out", "clip.mp4"], "written as .wav"),
         (["batch", "gone.jsonl", "--out", "x"], "no file gone.jsonl"),
+        (["generate", "a", "--save-latents", "A bell rings."], "'A bell rings.' is no name of a .safetensors file"),
+        (["generate", "a", "--tile-size", "32"], "whole number from 64 to 4096"),
+        (["generate", "a", "--decoding", "fast"], "invalid choice"),
+        (["decode"], "required: LATENTS"),
+        (["decode", "gone.safetensors"], "There is no file gone.safetensors"),
         (["inspect", "gone"], "There is no gone"),
         (["inspect", "."], "no model file"),
         (["inspect", ".", ROOT / "nava_core"], "no model file"),
@@ -134,6 +143,60 @@ def test_a_device_that_is_not_there(nava, models):
         assert nava.pipeline is None
     assert nava("generate", "a", "--models", models, "--device", "cpu")[0] == 0
     assert str(nava.pipeline.options["device"]) == "cpu"
+
+
+def test_parts_on_devices_of_their_own_and_a_limit_of_memory(nava, models, monkeypatch):
+    generate = ("generate", "a", "--models", models)
+    assert nava(*generate)[0] == 0
+    assert not {"memory", "encoder_device", "vae_device"} & set(nava.pipeline.options)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: (7 * 10**9, 8 * 10**9))
+    code, _, err = nava(*generate, "--memory", "6GB", "--encoder-device", "cpu", "--vae-device", "cuda:1")
+    assert code == 0, err
+    options = nava.pipeline.options
+    assert (options["memory"], str(options["encoder_device"]), str(options["vae_device"])) == ("6GB", "cpu", "cuda:1")
+    for arguments, words in (
+        (["--memory", "much"], "--memory: 'much' is no amount of memory: give one such as 6GB"),
+        (["--memory", "9GB"], "--memory: 9GB is more memory than there is: the GPU has 8.0 GB in all"),
+        (["--memory", "6GB", "--device", "cpu"], "is for a CUDA GPU, and the models work on cpu"),
+        (["--encoder-device", "cuda:2"], "--encoder-device: There is no device cuda:2 here"),
+        (["--vae-device", "attic"], "--vae-device: There is no device attic here"),
+    ):
+        code, _, err = nava(*generate, *arguments)
+        assert code == 2
+        assert words in sentence(err)
+
+
+def test_parallel_workers_and_a_limit_of_memory_exclude_each_other(nava, models, monkeypatch):
+    monkeypatch.setattr("nava_core.parallel.Parallel.check", lambda *_: None)
+    arguments = ("generate", "a", "--models", models, "--parallel", "2", "--memory", "6GB", "--device", "cpu")
+    code, _, err = nava(*arguments)
+    assert code == 2
+    assert "is for one GPU, not for parallel workers: leave out one of the two" in sentence(err)
+
+
+def test_workers_of_a_batch_take_a_limit_each(nava, models, tmp_path, monkeypatch):
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n')
+    batch = ("batch", "b.jsonl", "--out", "clips", "--models", models, "--workers", "2")
+    opened = []
+
+    def runner(opener, watcher, **settings):
+        opened.append(opener.keywords)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("nava_core.parallel.batch.WorkersRunner", runner)
+    nava(*batch, "--memory", "80%", "--encoder-device", "cpu")
+    assert (opened[0]["memory"], opened[0]["encoder_device"]) == ("80%", "cpu")
+    for arguments, words in (
+        (["--memory", "80"], None),
+        (["--memory", "80X"], "--memory: '80X' is no amount"),
+        (["--memory", "6GB", "--device", "cpu"], "--memory: it is for GPUs"),
+        (["--vae-device", "cuda:1"], "--vae-device cuda:1: a worker has one GPU, so say cpu"),
+    ):
+        code, _, err = nava(*batch, *arguments)
+        assert code == (1 if words is None else 2)
+        assert (words or "far enough") in err
 
 
 # --- generate ----------------------------------------------------------------------------------------------------
@@ -192,6 +255,17 @@ def test_loras_are_handed_on_with_their_strengths(nava, models, tmp_path):
         code, _, err = nava("generate", "a", "--models", models, "--lora", wrong)
         assert code == 2
         assert words in err
+
+
+def test_compilation_is_asked_for_by_a_flag(nava, models):
+    assert nava("generate", "a", "--models", models)[0] == 0
+    assert nava.pipeline.options["compile"] is False
+    assert nava("generate", "a", "--models", models, "--compile", "--seed", "1")[0] == 0
+    assert nava.pipeline.options["compile"] is True
+    options = ("--compile", "--device", "cpu", "--parallel", "2", "--weights", "sharded")
+    code, _, err = nava("generate", "a", "--models", models, *options)
+    assert code == 2
+    assert "cannot be compiled" in err
 
 
 def test_a_batch_with_loras_goes_on_by_their_content(nava, models, tmp_path):
@@ -298,6 +372,128 @@ def test_an_existing_file_is_kept(nava, models, tmp_path):
     assert (tmp_path / "c.mp4").read_text() == "mine"
     assert nava.pipeline is None  # said before anything is loaded
     assert nava("generate", "a", "--models", models, "--out", "c.mp4", "--overwrite")[0] == 0
+
+
+# --- latents and decoding ----------------------------------------------------------------------------------------
+
+
+def test_latents_are_kept_beside_the_clip_or_where_one_says(nava, models, tmp_path):
+    command = ("generate", "a", "--models", models, "--out", "x/clip.mp4")
+    assert nava(*command)[0] == 0
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["clip.mp4"]
+    code, out, err = nava(*command, "--overwrite", "--save-latents")
+    assert code == 0
+    assert out.strip() == str(tmp_path / "x" / "clip.mp4")
+    assert f"The latents are in {tmp_path / 'x' / 'clip.latents.safetensors'}." in err
+    kept = ClipLatents.load(tmp_path / "x" / "clip.latents.safetensors")
+    assert kept.settings["prompt"] == "a"
+    code, _, err = nava(
+        "generate", "a", "--models", models, "--out", "x/clip2.mp4", "--save-latents", "y/z.safetensors"
+    )
+    assert code == 0
+    assert (tmp_path / "y" / "z.safetensors").is_file()
+    code, _, err = nava("generate", "a", "--models", models, "--save-latents", "y/z.safetensors")
+    assert code == 2
+    assert "z.safetensors is already there: give another name, or --overwrite" in sentence(err)
+
+
+def test_a_clip_that_cannot_be_decoded_leaves_its_latents(nava, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(fake.FakePipeline, "faults", {"DECODE": RuntimeError("The GPU is gone.")})
+    for name in ("clip.latents.safetensors", "clip_2.latents.safetensors"):
+        code, out, err = nava("generate", "DECODE", "--models", models, "--out", "clip.mp4")
+        assert (code, out) == (1, "")
+        assert f"its latents are in {tmp_path / name}: `nava decode`" in err
+        assert err.strip().endswith("nava generate: The GPU is gone.")
+        assert ClipLatents.load(tmp_path / name).settings["prompt"] == "DECODE"
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+def test_how_pictures_are_decoded_is_handed_on(nava, models, tmp_path):
+    nava("generate", "a", "--models", models, "--decoding", "tiled", "--tile-size", "128")
+    assert nava.pipeline.options["decoding"] == Decoding("tiled", 128, 64)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n')
+    nava("batch", "b.jsonl", "--out", "clips", "--models", models, "--decoding", "whole")
+    assert nava.pipeline.options["decoding"] == Decoding("whole")
+    nava("generate", "a", "--models", models, "--tile-size", "64")
+    assert nava.pipeline.options["decoding"] == Decoding("auto", 64, 32)
+
+
+def test_decode_needs_the_vaes_alone(nava, models, tmp_path):
+    """A clip named after its latents; the VAEs are sought in a folder that has nothing else."""
+    (tmp_path / "vaes").mkdir()
+    for vae in ("wan2.2_vae_tiny.safetensors", "ltx-2.3_audio_vae_tiny.safetensors"):
+        os.link(models / vae, tmp_path / "vaes" / vae)
+    video = ClipLatents(torch.zeros(1, 48, 1, 2, 2), torch.zeros(1, 8, 2, 16), 1 / 24, "the report", settings={"x": 1})
+    video.save(tmp_path / "pier.mp4.latents.safetensors")
+    code, out, err = nava("decode", "pier.mp4.latents.safetensors", "--models", "vaes", "--vae-dtype", "bf16")
+    assert code == 0, err
+    assert out.strip() == str(tmp_path / "pier.mp4")
+    assert json.loads((tmp_path / "pier.mp4").read_text()) == {"x": 1}
+    assert "the report" in err
+    assert str(nava.pipeline.options["vae_dtype"]) == "torch.bfloat16"
+    assert nava.pipeline.options["decoding"] == Decoding()
+    assert nava("decode", "pier.mp4.latents.safetensors", "--models", "vaes")[1].strip().endswith("pier_2.mp4")
+    code, _, err = nava("decode", "pier.mp4.latents.safetensors", "--models", "vaes", "--out", "pier.mp4")
+    assert (code, "already there" in sentence(err)) == (2, True)
+    sound = ClipLatents(None, torch.zeros(1, 8, 2, 16), 0.08).save(tmp_path / "sound.safetensors")
+    (tmp_path / "vaes" / "wan2.2_vae_tiny.safetensors").unlink()
+    assert nava("decode", sound, "--models", "vaes")[1].strip() == str(tmp_path / "sound.wav")
+    code, _, err = nava("decode", "pier.mp4.latents.safetensors", "--models", "vaes")
+    assert (code, "no video VAE in vaes" in sentence(err)) == (2, True)
+    code, _, err = nava("decode", sound)
+    assert (code, "or the single files --audio-vae" in sentence(err)) == (2, True)
+    assert nava("decode", sound, "--audio-vae", models / "ltx-2.3_audio_vae_tiny.safetensors")[0] == 0
+
+
+def test_decode_says_what_is_wrong_with_latents(nava, models, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x27\0\0\0\0\0\0{")
+    code, _, err = nava("decode", "cut.safetensors", "--models", models)
+    assert code == 1
+    assert "cut.safetensors is an incomplete download" in sentence(err)
+    code, _, err = nava("decode", models / "NAVA_tiny.safetensors", "--models", models)
+    assert code == 1
+    assert "is a NAVA backbone, but a clip's latents are needed here" in sentence(err)
+    assert nava.pipeline is None
+
+
+def run_until(condition, *arguments):
+    """A command in a process of its own, and what of it is there once ``condition()`` holds."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nava_core", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_kill_while_decoding_leaves_the_latents_and_no_half_file(models, tmp_path, monkeypatch, end):
+    """And `nava decode` makes of them the file that the command would have made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    clip, kept = tmp_path / "clip.mp4", tmp_path / "clip.latents.safetensors"
+    command = ["generate", "A bell.", "--models", models, "--device", "cpu", "--steps", "1", "--seconds", "2",
+               "--size", "128x96", "--negative", "zero"]  # fmt: skip
+
+    def decoding():
+        return any(path.name.endswith(".part") and path.stat().st_size for path in tmp_path.glob(".clip-*"))
+
+    process = run_until(decoding, *command, "--out", clip, "--save-latents")
+    assert process.poll() is None, process.communicate()
+    process.send_signal(end)
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGKILL, 130)
+    assert kept.is_file()
+    assert not clip.exists()
+    if end is signal.SIGTERM:
+        assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for arguments in (("decode", kept, "--models", models, "--device", "cpu"), (*command, "--out", "whole.mp4")):
+        subprocess.run([sys.executable, "-m", "nava_core", *map(str, arguments)], check=True, capture_output=True)
+    assert clip.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 
 @pytest.mark.parametrize(

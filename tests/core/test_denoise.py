@@ -1,6 +1,7 @@
 """The denoising loop: what the network is asked, what is kept of given parts, and how a run ends."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -293,3 +294,74 @@ def test_zero_context_and_short_zero_context_are_the_same(tiny):
     )
     assert torch.equal(short[0], full[0])
     assert torch.equal(short[1], full[1])
+
+
+# ---------------------------------------------------------------- out of memory
+
+
+class Short(Recorder):
+    """Runs out of memory at the calls of the numbers ``at``, counted from 1."""
+
+    def __init__(self, *at, error=None):
+        super().__init__()
+        self.at, self.error = at, error or torch.OutOfMemoryError("CUDA out of memory.")
+
+    def __call__(self, *args, **conditions):
+        result = super().__call__(*args, **conditions)
+        if len(self.calls) in self.at:
+            raise self.error
+        return result
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 6, 12])
+def test_a_step_that_runs_out_of_memory_is_made_once_more(at):
+    """Three predictions a step, which are three passes."""
+    inputs = (*noise(), text())
+    settings = {"sigmas": flow_sigmas(4), "negative": text(2)}
+    expected = denoise(Recorder(), *inputs, **settings)
+    asked, backbone = [], Short(at)
+    result = denoise(backbone, *inputs, on_out_of_memory=lambda: asked.append(len(backbone.calls)) or True, **settings)
+    assert all(map(torch.equal, result, expected))
+    assert asked == [at]
+    assert len(backbone.calls) == 12 + (at - 1) % 3 + 1
+
+
+def test_predictions_stay_apart_once_memory_ran_out():
+    inputs = (*noise(), text())
+    settings = {"sigmas": flow_sigmas(3), "negative": text(2), "batch_predictions": True}
+    backbone = Short(3)  # two passes a step: c and u together, and m
+    steps = []
+    denoise(backbone, *inputs, on_out_of_memory=lambda: False, callback=lambda *s: steps.append(s[0]), **settings)
+    assert [len(call["context"]) for call in backbone.calls] == [2, 1, 2, 1, 1, 1, 1, 1, 1]
+    assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("freed", "at"), [(True, (4, 5)), (False, (4,))])
+def test_memory_that_stays_short_ends_the_run(freed, at):
+    settings = {"sigmas": flow_sigmas(4), "negative": text(2)}
+    with pytest.raises(torch.OutOfMemoryError):
+        denoise(Short(*at), *noise(), text(), on_out_of_memory=lambda: freed, **settings)
+    with pytest.raises(torch.OutOfMemoryError):
+        denoise(Short(4), *noise(), text(), **settings)
+    with pytest.raises(RuntimeError, match="shapes"):
+        denoise(Short(4, error=RuntimeError("shapes")), *noise(), text(), on_out_of_memory=lambda: True, **settings)
+
+
+def test_the_failed_passs_tensors_are_gone_when_memory_is_freed():
+    held = []
+
+    class Holding(Recorder):
+        def __call__(self, video, audio, timestep, context, **conditions):
+            if not self.calls:
+                tensor = torch.ones(3)
+                held.append(weakref.ref(tensor))
+                self.calls.append(None)
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().__call__(video, audio, timestep, context, **conditions)
+
+    gone = []
+    denoise(
+        Holding(), *noise(), text(), sigmas=flow_sigmas(1), guidance=PLAIN,
+        on_out_of_memory=lambda: gone.append(held[0]() is None) or True,
+    )  # fmt: skip
+    assert gone == [True]

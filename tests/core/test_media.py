@@ -164,6 +164,23 @@ def test_a_stream_of_chunks_equals_the_whole(tmp_path):
     assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "chunks.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("sizes", [(1, 4, 4), (9,), (3, 3, 3)])
+def test_chunks_of_a_known_number_give_the_file_of_the_tensor(tmp_path, sizes):
+    frames, sound, seen = moving(), tone(18_000), []
+    mux(tmp_path / "tensor.mp4", frames, sound, RATE)
+    chunks = iter(frames.split(sizes))
+    mux(tmp_path / "chunks.mp4", chunks, sound, RATE, total=9, callback=lambda *frame: seen.append(frame))
+    assert (tmp_path / "chunks.mp4").read_bytes() == (tmp_path / "tensor.mp4").read_bytes()
+    assert seen == [(count, 9) for count in range(1, 10)]
+
+
+@pytest.mark.parametrize(("total", "says"), [(8, "more frames than the 8"), (10, "are 9 frames where .* have 10")])
+def test_another_number_of_frames_than_there_should_be_leaves_no_file(tmp_path, total, says):
+    with pytest.raises(ValueError, match=says):
+        mux(tmp_path / "clip.mp4", iter(moving().split(4)), tone(18_000), RATE, total=total)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_arrays_batches_and_file_objects(tmp_path):
     mux(tmp_path / "clip.mp4", moving(5), tone(10_000), RATE)
     buffer = io.BytesIO()

@@ -169,6 +169,14 @@ def test_uneven_shares_equal_one_process(small_model, tmp_path, ranks, shard):
     check(small_model, passes, run_ranks(tmp_path, ranks, small_model, passes, shard=shard))
 
 
+@pytest.mark.parametrize("ranks", [6, 8])
+def test_24_heads_over_a_whole_machine(tmp_path, ranks):
+    """As many heads as the released model has; 35 video and 9 audio tokens over 8 processes."""
+    model = NavaBackbone(BackboneConfig(**{**CONFIG, "dim": 144, "num_heads": 24})).init_weights(3)
+    passes = {name: small_passes()[name] for name in ("voices", "clean and apart", "audio only")}
+    check(model, passes, run_ranks(tmp_path, ranks, model, passes))
+
+
 def test_bytes_sent_are_those_that_layouts_are_chosen_by(small_model, tmp_path):
     """Velocities are gathered, never tokens."""
     passes = {"both": {name: part[:1] for name, part in small_passes()["both"].items()}}

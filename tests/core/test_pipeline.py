@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from benchmarks.live_memory import LiveMemory
 from nava_core.checkpoint import WrongFileError, load_backbone
 from nava_core.components import (
     denormalize_video,
@@ -25,17 +26,23 @@ from nava_core.components import (
     normalize_video,
 )
 from nava_core.demo import AUDIO_CONFIG, make_small_models
-from nava_core.explain import explain
+from nava_core.explain import TooLittleMemoryError, explain
 from nava_core.geometry import ClipGeometry, audio_latent_to_tokens, audio_tokens_to_latent
 from nava_core.media import NonFiniteError
 from nava_core.pipeline import (
+    NAMES,
+    VAES,
     Clip,
+    ClipDecoder,
+    ClipLatents,
     Components,
+    Decoding,
     ModelFiles,
     NavaPipeline,
     choose_device,
     clip_geometry,
     clip_noise,
+    decode,
     default_guidance,
     find_model_files,
     fit_picture,
@@ -89,8 +96,8 @@ def clip(pipeline, picture, voice):
 
 @pytest.fixture
 def _latents_only(monkeypatch):
-    monkeypatch.setattr(stages, "decode_video", lambda *_: None)
-    monkeypatch.setattr(stages, "decode_audio", lambda *_: (None, 0))
+    monkeypatch.setattr(decode, "decode_video", lambda *_: None)
+    monkeypatch.setattr(decode, "decode_audio", lambda *_: (None, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -363,6 +370,115 @@ def test_a_file_is_whole_or_not_there(clip, tmp_path):
         clip.save(tmp_path / "nowhere" / "clip.mp4")
 
 
+# --- latents and decoding ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def latents(pipeline):
+    return pipeline.denoise(PROMPT, **SHORT)
+
+
+def test_a_clip_is_denoised_and_then_decoded(pipeline, latents):
+    clip = pipeline(PROMPT, **SHORT)
+    decoded = pipeline.decode(latents)
+    for name in ("frames", "waveform", "video_latent", "audio_latent"):
+        assert torch.equal(getattr(decoded, name), getattr(clip, name))
+    assert (decoded.report, decoded.warnings, decoded.sample_rate) == (clip.report, clip.warnings, clip.sample_rate)
+    assert latents.duration == FRAMES / 24
+    assert latents.settings["prompt"] == PROMPT
+    assert (latents.settings["seed"], latents.settings["steps"], latents.settings["shift"]) == (5, 2, 5.0)
+    assert latents.settings["guidance"]["audio_timbre"] == 3.0
+
+
+def test_the_streamed_file_is_that_of_the_frames_in_memory(pipeline, latents, models, tmp_path):
+    """Also from the latents' file, by a decoder that has the VAEs alone."""
+    vaes = ModelFiles(video_vae=models["video_vae"], audio_vae=models["audio_vae"])
+    alone = ClipDecoder.from_files(vaes, device="cpu")
+    latents.save(tmp_path / "clip.latents.safetensors")
+    pipeline.decode(latents).save(tmp_path / "memory.mp4")
+    pipeline.save(latents, tmp_path / "streamed.mp4")
+    alone.save(ClipLatents.load(tmp_path / "clip.latents.safetensors"), tmp_path / "alone.mp4")
+    whole = (tmp_path / "memory.mp4").read_bytes()
+    assert (tmp_path / "streamed.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes() == whole
+
+
+def test_sound_alone_and_picture_alone_are_streamed_too(pipeline, models, tmp_path):
+    for mode, suffix, vae in (("audio", ".wav", "audio_vae"), ("video", ".mp4", "video_vae")):
+        latents = pipeline.denoise(PROMPT, mode=mode, **SHORT)
+        decoder = ClipDecoder.from_files(ModelFiles(**{vae: models[vae]}), device="cpu")
+        decoder.save(latents, tmp_path / f"streamed{suffix}")
+        decoder.decode(latents).save(tmp_path / f"memory{suffix}")
+        assert (tmp_path / f"streamed{suffix}").read_bytes() == (tmp_path / f"memory{suffix}").read_bytes()
+
+
+def test_ram_for_writing_a_clip_does_not_grow_with_its_frames(pipeline, tmp_path):
+    def peak(count):
+        latents = ClipLatents(torch.randn(1, 48, count, 4, 6), None, (4 * count - 3) / 24)
+        with LiveMemory() as memory:
+            memory.ignore(latents.video)
+            pipeline.save(latents, tmp_path / f"{count}.mp4")
+        return memory.peak
+
+    short, long = peak(5), peak(25)
+    assert long - short <= 20 * 48 * 4 * 6 * 4  # the latent itself; the frames between are 80 * 64 * 96 * 3 * 4 bytes
+
+
+def test_the_sound_is_decoded_before_the_picture_and_progress_is_told(files, latents, tmp_path):
+    said, seen = [], []
+    pipeline = NavaPipeline.from_files(files, device="cpu", say=said.append)
+    pipeline.save(latents, tmp_path / "clip.mp4", callback=lambda done, total: seen.append((done, total)))
+    assert [text for text in said if text.startswith("Decoding")] == [
+        "Decoding the sound.",
+        "Decoding the picture in whole frames.",
+    ]
+    assert seen == [(done, 4) for done in range(5)]
+
+
+def test_a_decode_that_ends_leaves_no_file_and_no_models(files, latents, alive, tmp_path):
+    pipeline = NavaPipeline.from_files(files, device="cpu")
+
+    def enough(done, _):
+        if done == 2:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        pipeline.save(latents, tmp_path / "clip.mp4", callback=enough)
+    for last in range(0, 6, 2):
+        calls = iter([False] * last)
+        with pytest.raises(Interrupted):
+            pipeline.save(latents, tmp_path / "clip.mp4", should_stop=lambda calls=calls: next(calls, True))
+    with pytest.raises(ValueError, match=r"Cannot write clip\.wav: a clip with a picture is written as \.mp4"):
+        pipeline.save(latents, tmp_path / "clip.wav")
+    with pytest.raises(FileNotFoundError, match=r"the folder .*nowhere does not exist"):
+        pipeline.save(latents, tmp_path / "nowhere" / "clip.mp4")
+    assert list(tmp_path.iterdir()) == []
+    assert_all_gone(alive)
+
+
+def test_how_pictures_are_decoded_is_the_pipelines(files, latents, pipeline):
+    said = []
+    tiled = NavaPipeline.from_files(files, device="cpu", say=said.append, decoding=Decoding("tiled", 64, 16))
+    decoded = tiled.decode(latents)
+    assert "Decoding the picture in tiles of 64 pixels." in said
+    assert torch.equal(decoded.frames, pipeline.decode(latents).frames)  # 64x32 are one tile
+
+
+def test_the_next_clip_is_made_after_one_that_ran_out_of_memory(files, latents, monkeypatch):
+    """A decode that no form gets through ends in a sentence; the pipeline is whole after it."""
+    pipeline = NavaPipeline.from_files(files, device="cpu", keep_loaded=True)
+    expected = pipeline.decode(latents)
+    kept = pipeline.components._kept["video_vae"].network
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.91 GiB.")
+
+    with monkeypatch.context() as short:
+        short.setattr(kept.decoder.up_blocks[-1], "forward", full)
+        with pytest.raises(TooLittleMemoryError, match="too little free memory for decoding the picture"):
+            pipeline.decode(latents)
+    assert torch.equal(pipeline.decode(latents).frames, expected.frames)
+
+
 # --- interruption and errors -------------------------------------------------------------------------------------
 
 
@@ -522,7 +638,7 @@ def assert_all_gone(alive):
 def test_components_are_in_memory_one_at_a_time(files, picture, alive):
     pipeline = NavaPipeline.from_files(files, device="cpu")
     pipeline(PROMPT, image=picture, size_from_image=False, **SHORT)
-    order = ["load_text_encoder", "load_video_vae", "load_backbone", "load_video_vae", "load_audio_vae"]
+    order = ["load_text_encoder", "load_video_vae", "load_backbone", "load_audio_vae", "load_video_vae"]
     assert [(name, others) for name, _, others in alive] == [(name, []) for name in order]
     assert_all_gone(alive)
 
@@ -658,6 +774,22 @@ def test_wrong_files_are_refused_when_the_pipeline_is_made(files, models):
         make(tokenizer="nowhere")
 
 
+def test_a_pipeline_without_a_needed_file_is_refused(files):
+    for role in ROLES[:4]:
+        with pytest.raises(FileNotFoundError, match=f"There is no {NAMES[role]} among the model files"):
+            NavaPipeline.from_files(with_change(files, **{role: None}), device="cpu")
+
+
+def test_the_vaes_alone_are_found(folder, models):
+    for number in (0, 1):
+        (folder / str(number % 2) / f"{number}{models[ROLES[number]].suffix}").unlink()
+    found = find_model_files(folder, roles=VAES)
+    assert (found.backbone, found.text_encoder, found.tokenizer) == (None, None, None)
+    assert [getattr(found, role).name[0] for role in VAES] == ["2", "3"]
+    with pytest.raises(FileNotFoundError, match="There is no backbone in"):
+        find_model_files(folder)
+
+
 def with_change(files, **change):
     return ModelFiles(**{**{role: getattr(files, role) for role in ROLES}, **change})
 
@@ -689,7 +821,7 @@ def test_the_audio_vae_of_a_merged_checkpoint_serves_and_other_parts_are_refused
     of_merged = NavaPipeline.from_files(with_change(files, audio_vae=path), device="cpu")
     assert of_merged.components.weight_bytes("audio_vae") == 4 * sum(tensor.numel() for tensor in sound.values())
     latent = torch.randn(1, 8, 5, 16, generator=torch.Generator().manual_seed(1))
-    sounds = [stages.decode_audio(each.components, latent, 0.1)[0] for each in (of_merged, pipeline)]
+    sounds = [decode.decode_audio(each.components, latent, 0.1)[0] for each in (of_merged, pipeline)]
     assert torch.equal(*sounds)
     with pytest.raises(WrongFileError, match=r"merged\.safetensors is a NAVA backbone, but the Wan2\.2 video VAE"):
         NavaPipeline.from_files(with_change(files, video_vae=path), device="cpu")

@@ -69,11 +69,9 @@ class Graph(dict):
             latent_image=latent,
         )
 
-    def frames(self, latent, vae, tiled=False):
-        return self.add(
-            "NavaDecodeVideo",
-            latent=latent, vae=vae, tiled=tiled, tile_size=64, overlap=32, temporal_size=16, temporal_overlap=4,
-        )  # fmt: skip
+    def frames(self, latent, vae, decoding="auto", tile_size=64, overlap=32):
+        tiles = {"tile_size": tile_size, "overlap": overlap}
+        return self.add("NavaDecodeVideo", latent=latent, vae=vae, decoding=decoding, **tiles)
 
     def sound(self, latent, audio_vae, loudness="as decoded"):
         return self.add("NavaDecodeAudio", latent=latent, audio_vae=audio_vae, loudness=loudness)

@@ -353,25 +353,6 @@ def test_decoding_frames(pytorch_attention_in_vaes, dtype, size, frames):
     assert planned == pytest.approx(counted(network, network.decode, latent), rel=0.02)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 61])
-def test_decoding_frames_latent_frame_by_latent_frame(pytorch_attention_in_vaes, frames):
-    from comfy.ldm.wan.vae2_2 import count_conv3d, unpatchify
-
-    network = video_network(torch.bfloat16)
-
-    def decode(latent):
-        caches, x = [None] * count_conv3d(network.decoder), network.conv2(latent)
-        for frame in range(frames):
-            part = x[:, :, frame : frame + 1]
-            out = network.decoder(part, feat_cache=caches, feat_idx=[0], first_chunk=frame == 0)
-            out = unpatchify(out, patch_size=2)
-            del out
-
-    latent = torch.empty(1, 48, frames, 44, 80, device="meta", dtype=torch.bfloat16)
-    planned = component_memory.streamed_decode_bytes(latent.shape, torch.bfloat16) / VAE_SLACK
-    assert planned == pytest.approx(counted(network, decode, latent), rel=0.02)
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("frames", [1, 5, 9, 49, 145])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])

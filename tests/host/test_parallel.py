@@ -142,7 +142,21 @@ def test_an_interrupted_run_is_followed_by_a_good_one(parallel, patcher, positiv
     monkeypatch.setattr(workers_of(parallel), "run_together", interrupted)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         run(parallel, positive)
+    assert workers_of(parallel).workers is None
     assert_equal(run(parallel, positive), run(patcher, positive))
+
+
+def test_an_interruption_between_two_steps_ends_the_workers_too(parallel, positive):
+    latent = host_latents.empty_latent(geometry.ClipGeometry(0.5, 96, 80))
+    guider = guiders.make_guider(parallel, positive, None, sampling.Guidance())
+
+    def stop(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    samples = host_latents.comfy.nested_tensor.NestedTensor(latent["samples"].unbind())
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        guider.sample(samples, samples, guiders.unipc_sampler(), sampling.flow_sigmas(STEPS), callback=stop)
+    assert workers_of(parallel).workers is None
 
 
 def test_a_worker_lost_in_a_run_is_a_sentence_and_the_next_run_is_good(parallel, patcher, positive):
@@ -170,6 +184,22 @@ def test_loras_reach_the_workers(patcher, positive, caplog):
     assert_equal(got, run(changed, positive))
     assert max((a - b).abs().max() for a, b in zip(got, run(patcher, positive), strict=True)) > 1e-4
     assert "2 weights changed by LoRAs, acknowledged by 2 of 2 workers." in caplog.text
+    workers_of(distant).close()
+
+
+def test_loras_on_fp8_weights_are_those_of_one_process(path, positive):
+    """The host rounds an fp8 weight with a LoRA by chance; the workers' weights are the very same."""
+    patcher = host_model.load_backbone(str(path), "fp8")
+    generator, lora = torch.Generator().manual_seed(8), {}
+    rows, columns = patcher.model.diffusion_model.get_parameter("single_blocks.1.ffn.0.weight").shape
+    lora["lora_unet_single_blocks_1_ffn_0.lora_down.weight"] = torch.randn(4, columns, generator=generator) * 0.1
+    lora["lora_unet_single_blocks_1_ffn_0.lora_up.weight"] = torch.randn(rows, 4, generator=generator) * 0.1
+    changed, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0)
+    distant = host_parallel.over_workers(changed, 2, "2x1", "replicated")
+    got = run(distant, positive)
+    expected = run(changed, positive)
+    assert_equal(got, expected)
+    assert max((a - b).abs().max() for a, b in zip(run(patcher, positive), expected, strict=True)) > 1e-4
     workers_of(distant).close()
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from comfy_host import import_comfyui, pack_module
+from torch._dynamo.utils import counters
 
 import_comfyui()
 
@@ -35,20 +36,77 @@ def patcher(tmp_path_factory):
     return host_model.load_backbone(str(path), "fp32")
 
 
-def one_step(patcher, batch):
-    clip = geometry.ClipGeometry(0.5, 96, 80, "video+audio")
+def one_step(patcher, seconds=0.5, size=(96, 80), batch=1, given_frame=False, guidance=ONE_PREDICTION):
+    clip = geometry.ClipGeometry(seconds, *size, "video+audio")
     context = torch.randn(1, 20, CONFIG.text_dim, generator=torch.Generator().manual_seed(3))
-    guider = guiders.make_guider(patcher, [[context, {}]], None, ONE_PREDICTION)
+    guider = guiders.make_guider(patcher, [[context, {}]], None, guidance)
     sigmas = torch.tensor([1.0, 0.5])
     latent = host_latents.empty_latent(clip, batch)
+    if given_frame:
+        video, audio = latent["samples"].unbind()
+        masks = [torch.ones_like(video[:, :1]), torch.ones_like(audio[:, :1])]
+        masks[0][:, :, 0] = 0
+        latent["noise_mask"] = type(latent["samples"])(masks)
     return guiders.sample(guider, latent, 11, guiders.unipc_sampler(), sigmas)["samples"].unbind()
 
 
+KINDS = (
+    {},
+    {"seconds": 1.0, "size": (64, 128)},
+    {"given_frame": True},
+    {"seconds": 0.75, "guidance": sampling.Guidance()},  # alignment on
+    *({"seconds": 0.5 + number / 4} for number in range(3, 10)),  # the ninth size used to fail
+)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
-@pytest.mark.parametrize("batch", [1, 2])
-def test_compiled_equals_eager(patcher, batch):
+def test_compiled_equals_eager_and_two_graphs_serve_every_clip(patcher):
+    torch._dynamo.reset()
+    counters.clear()
     with torch.inference_mode():
-        eager = one_step(patcher, batch)
         compiled = TorchCompileModel.execute(patcher, "inductor").result[0]
-        for got, wanted in zip(one_step(compiled, batch), eager, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+        for kind in KINDS:
+            eager = one_step(patcher, **kind)
+            for got, wanted in zip(one_step(compiled, **kind), eager, strict=True):
+                torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert all("HostBackbone.__call__" in reason for reason in counters["graph_break"])  # the network as a whole
+    assert patcher.model.diffusion_model.compiled is None  # the plain MODEL stays plain
+
+
+def test_each_prediction_goes_by_itself_so_that_no_batch_is_compiled_for(patcher, monkeypatch):
+    """Small clips' predictions are otherwise batched."""
+    sizes = []
+
+    class Counts:
+        def __call__(self, block, tokens, state):
+            sizes.append(tokens.shape[0])
+            return block(tokens, state)
+
+        def prepare(self, state):
+            return state
+
+    monkeypatch.setattr(host_model, "compiled_blocks", lambda options: Counts())
+    with torch.inference_mode():
+        one_step(patcher, guidance=sampling.Guidance())
+    assert set(sizes) == {1}
+    assert len(sizes) == 3 * 2  # predictions and blocks
+
+
+def test_what_a_node_puts_in_a_blocks_place_is_given_the_compiled_block(patcher, monkeypatch):
+    seen = []
+
+    class Marks:
+        def __call__(self, block, tokens, state):
+            seen.append(block)
+            return block(tokens, state)
+
+        def prepare(self, state):
+            return state
+
+    monkeypatch.setattr(host_model, "compiled_blocks", lambda options: Marks())
+    replaced = patcher.clone()
+    replaced.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", 0)
+    with torch.inference_mode():
+        one_step(replaced)
+    assert len(seen) == 2

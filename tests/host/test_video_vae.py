@@ -75,18 +75,6 @@ def test_a_batch_of_video_latents_becomes_one_row_of_frames(video_vae):
     assert torch.allclose(images[5:], video.decode_video(video_vae, latent[1:]), atol=1e-5)
 
 
-def test_tiled_decoding(video_vae):
-    latent = noise(1, 48, 3, 8, 8)
-    whole = video.decode_video(video_vae, latent)
-    one_tile = video.decode_video(video_vae, latent, tile_size=512)
-    assert torch.allclose(one_tile, whole, atol=1e-5)
-    tiles = video.decode_video(video_vae, latent, tile_size=64, overlap=16, temporal_size=8)
-    assert tiles.shape == whole.shape
-    assert torch.isfinite(tiles).all()
-    with pytest.raises(ValueError, match="Tiles of 16 pixels are too small"):
-        video.decode_video(video_vae, latent, tile_size=16)
-
-
 def test_frames_are_encoded_to_latents_and_one_image_to_one_latent_frame(video_vae):
     clip_of_five = torch.rand(5, 48, 64, 3, generator=torch.Generator().manual_seed(2))
     latent = video.encode_video(video_vae, clip_of_five)

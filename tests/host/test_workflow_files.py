@@ -285,7 +285,7 @@ def test_low_memory_is_what_it_says():
     (encoder,) = nodes_named(graph, "NavaLoadTextEncoder")
     assert "fp8" in encoder["file"]
     assert encoder["device"] == "cpu"
-    assert nodes_named(graph, "NavaDecodeVideo")[0]["tiled"] is True
+    assert nodes_named(graph, "NavaDecodeVideo")[0]["decoding"] == "tiled"
 
 
 def test_sampler_parts_use_the_stock_sampler():
