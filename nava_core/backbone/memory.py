@@ -41,8 +41,8 @@ def activation_bytes(
     it is used (dequantised, or cast to another type), 0 where weights are used as they are; embedding_copy_size: the
     same of the weights outside the blocks, of which the sound's convolutions are the largest. attention_workspace:
     what attention holds beside its inputs and output. compiled: whether the blocks run through torch.compile, whose
-    graphs hold more of the tokens' tensors at once (counted with inductor). Kernels' own workspaces and the allocator's rounding are not
-    in it.
+    graphs hold more of the tokens' tensors at once (counted with inductor). Kernels' own workspaces and the
+    allocator's rounding are not in it.
     """
     copies = weight_copy_size, embedding_copy_size
     phases = _Phases(config, batch, tokens, audio_tokens, dtype_size, copies, attention_workspace)

@@ -10,6 +10,7 @@ import copy
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import torch
 from torch import nn
 
@@ -121,6 +122,9 @@ def with_shared_weights(network: nn.Module) -> nn.Module:
     """A network of its own over the very weights of ``network``, which must be in RAM and unpatched."""
     memo = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in network.parameters()}
     memo.update((id(buffer), buffer.detach()) for buffer in network.buffers())
+    if hasattr(network, "model_config"):  # of a backbone; the host's cannot be copied, and is not changed
+        memo[id(network.model_config)] = network.model_config
+        memo[id(network.current_patcher)] = None  # of a run that was cut off
     return copy.deepcopy(network, memo)
 
 
@@ -129,4 +133,21 @@ def moved_clip(clip, device: torch.device):
     other = clip.clone()
     other.patcher = moved(clip.patcher, device)
     other.cond_stage_model = other.patcher.model
+    return other
+
+
+def moved_vae(vae, device: torch.device):
+    """A VAE on ``device``, the LTX audio VAE of 0.18 too; in fp32 on the CPU, as the loaders have it there."""
+    if not isinstance(vae, comfy.sd.VAE):
+        again = vae.device_manager.patcher.cached_patcher_init[1]
+        other = again[0](*again[1:])
+        other.device_manager.patcher = comfy.model_patcher.ModelPatcher(other, device, CPU)
+        other.device_manager.patcher.cached_patcher_init = vae.device_manager.patcher.cached_patcher_init
+        return other
+    other = copy.copy(vae)
+    other.patcher = moved(vae.patcher, device)
+    other.first_stage_model, other.device = other.patcher.model, device
+    if device == CPU and vae.vae_dtype != torch.float32:
+        other.first_stage_model.float()
+        other.vae_dtype, other.patcher.size, other.size = torch.float32, 0, None
     return other

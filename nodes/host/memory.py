@@ -13,6 +13,7 @@ import comfy.model_management
 from comfy.quant_ops import QuantizedTensor
 
 from ...nava_core.backbone import no_workspace
+from .resident import block_of
 
 ALLOCATOR_SLACK = 1.1  # what PyTorch's allocator holds beside live tensors
 PLANNED_RUN = "nava_run"  # among the shapes of conditions that the host plans a run with
@@ -54,9 +55,7 @@ def weight_copy_sizes(model) -> dict[str, int]:
     """Which weights are made anew as they are used, as ``activation_bytes`` takes it: dequantised, or cast."""
     network, dtype = model.diffusion_model, model.get_dtype_inference()
     layers = {
-        "weight_copy_size": network.single_blocks[0].ffn[0]
-        if network.single_blocks
-        else network.double_blocks[0].ffn[0],
+        "weight_copy_size": block_of((network.single_blocks or network.double_blocks)[0]).ffn[0],
         "embedding_copy_size": network.patch_embedding_audio["2"].w1,
     }
     size = comfy.model_management.dtype_size(dtype)

@@ -6,6 +6,7 @@ what they do, and then left to them.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from dataclasses import asdict
@@ -54,6 +55,7 @@ from .memory import ALLOCATOR_SLACK, PLANNED_RUN, RunSize, attention_workspace, 
 from .prefetch import PREFETCH, fetch_next, prefetch_queue
 from .preview import host_unpacks, video_first
 from .raw_parameters import patch_raw_parameters
+from .resident import Elsewhere, Itinerary, PartlyResident
 
 # Conditioning keys of this pack; stock guiders carry them to the model like any other.
 TIMBRE = "nava_timbre"  # (1, S, 192)
@@ -65,6 +67,7 @@ WHOLE_TIMESTEPS = "nava_whole_timesteps"
 # From this many tokens on one prediction alone fills a GPU: two at once would only double the memory.
 BATCH_TOKENS = 8192
 WRAPPER_KEY = "nava"
+ITINERARY = "nava_itinerary"  # of a pass, among the host's options
 BLOCKS_ELSEWHERE = "nava_blocks"  # additional models of a patcher that hold some of its blocks; see offload.py
 
 
@@ -75,6 +78,8 @@ def host_attention(q, k, v, heads, options):
 
 class HostBackbone(NavaBackbone):
     """The backbone as the host's samplers call it: a list of latents in, a list of velocities out."""
+
+    blocks_elsewhere = False  # whether some of its blocks are Elsewhere
 
     def __init__(self, *, dtype=None, device=None, operations=None, **config):
         super().__init__(
@@ -145,17 +150,28 @@ class HostBackbone(NavaBackbone):
         return super().forward(*latents, **conditions)
 
     def _run_blocks(self, tokens, state):
-        blocks = [*self.double_blocks, *self.single_blocks]
-        state.options[PREFETCH] = queue = prefetch_queue(blocks, tokens, state.options)
-        tokens = super()._run_blocks(tokens, state)
-        fetch_next(queue, tokens.device, None)
+        home, options = tokens.device, state.options
+        here = [block for block in (*self.double_blocks, *self.single_blocks) if not isinstance(block, Elsewhere)]
+        options[PREFETCH] = queue = prefetch_queue(here, tokens, options)
+        options[ITINERARY] = None
+        tokens = super()._run_blocks(tokens, state).to(home)
+        fetch_next(queue, home, None)
         return tokens
 
     def run_block(self, kind, index, block, tokens, state):
         """One block, or what a node has put in its place (``patches_replace``)."""
         options = state.options
         options["block_type"], options["block_index"] = kind, index
-        fetch_next(options.get(PREFETCH), tokens.device, block)
+        if not isinstance(block, Elsewhere):
+            fetch_next(options.get(PREFETCH), state.table.device, block)
+        if self.blocks_elsewhere:
+            if options[ITINERARY] is None:
+                options[ITINERARY] = Itinerary(state.table.device, state)
+            return options[ITINERARY].run(block, tokens, state, functools.partial(self._run_here, kind, index))
+        return self._run_here(kind, index, block, tokens, state)
+
+    def _run_here(self, kind, index, block, tokens, state):
+        options = state.options
         replacement = options.get("patches_replace", {}).get("dit", {}).get((f"{kind}_block", index))
         run = super().run_block
         if replacement is None:
@@ -296,6 +312,8 @@ class NavaModel(comfy.model_base.BaseModel):
         return map_video(latent, self.latent_format.process_out, self.latent_shapes)
 
     def state_dict_for_saving(self, unet_state_dict, **others):
+        if self.diffusion_model.blocks_elsewhere:
+            raise ValueError("A MODEL with blocks on several devices is not saved whole: save it before NAVA Offload.")
         if self.model_config.custom_operations is not None:
             from .quantized import quantised_for_saving
 
@@ -325,21 +343,30 @@ class NavaModel(comfy.model_base.BaseModel):
         """Only tells :meth:`memory_required` that the host plans a run, not a batch within one."""
         return {PLANNED_RUN: [1]}
 
+    def clip_bytes(self, video_tokens: int, audio_tokens: int) -> float:
+        """Bytes that one prediction of such a clip takes beside the weights."""
+        return self._pass_bytes(1, video_tokens, audio_tokens) * ALLOCATOR_SLACK
+
     def memory_required(self, input_shape, cond_shapes=None):
         """Bytes needed beside the weights, for a batch of ``input_shape[0]``: of one pass, and where the host plans a
         run also of what the run keeps."""
-        config, batch = self.diffusion_model.config, input_shape[0]
-        size = comfy.model_management.dtype_size(self.get_dtype_inference())
-        video, audio = self._token_counts(input_shape)
-        run = self._run
-        masked = run is not None and run.masked
+        batch, run = input_shape[0], self._run
         if self._one_by_one and run is not None and batch > run.shapes[0][0]:
             return math.inf
-        live = activation_bytes(
-            config,
+        live = self._pass_bytes(batch, *self._token_counts(input_shape))
+        if run is not None and PLANNED_RUN in (cond_shapes or {}):
+            live += run_bytes(run, batch, self.diffusion_model.config, self._dtype_size())
+        return live * ALLOCATOR_SLACK
+
+    def _pass_bytes(self, batch: int, video: int, audio: int) -> float:
+        """Of live tensors, for so many tokens of picture and sound."""
+        run = self._run
+        masked = run is not None and run.masked
+        return activation_bytes(
+            self.diffusion_model.config,
             batch,
             video + audio,
-            size,
+            self._dtype_size(),
             audio_tokens=audio,
             timesteps=batch * (2 if masked else 1),
             timestep_groups=run.shapes[0][2] + audio if masked else 2,
@@ -347,9 +374,9 @@ class NavaModel(comfy.model_base.BaseModel):
             compiled=self.diffusion_model.compiled is not None,
             **weight_copy_sizes(self),
         )
-        if run is not None and PLANNED_RUN in (cond_shapes or {}):
-            live += run_bytes(run, batch, config, size)
-        return live * ALLOCATOR_SLACK
+
+    def _dtype_size(self) -> int:
+        return comfy.model_management.dtype_size(self.get_dtype_inference())
 
 
 class NavaConfig(comfy.supported_models_base.BASE):
@@ -541,7 +568,8 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
         config.set_inference_dtype(*_choose_dtypes(info, WEIGHT_DTYPES[weight_dtype], load_device))
 
     model = config.get_model(None)
-    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    dynamic = comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher and not disable_dynamic
+    patcher_class = comfy.model_patcher.CoreModelPatcher if dynamic else PartlyResident
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)

@@ -1,13 +1,16 @@
 """Blocks under torch.compile: the same numbers, one graph for each kind of block whatever the clip."""
 
+import itertools
 import shutil
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 from nava_core import BackboneConfig, NavaBackbone
+from nava_core.backbone import activation_bytes
 from nava_core.parallel.worker import Worker
 
 CONFIG = BackboneConfig(
@@ -161,7 +164,7 @@ def allocated(work):
     return max(itertools.accumulate(now))
 
 
-@needs_compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_figure_of_compiled_blocks(dtype):
     config = BackboneConfig(
