@@ -371,3 +371,19 @@ def test_the_node_gives_back_what_is_connected(load):
     assert model.model is patcher.model
     assert (clip, vae, audio) == (None, None, None)
     assert text.startswith("Backbone: ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_on_several_devices_under_dynamic_vram(monkeypatch, gpu, load, files, kind):
+    whole = streaming.predict(load(kind))
+    fake_dynamic_vram.install(monkeypatch, gpu)
+    patcher = host_model.load_backbone(*files[kind])
+    spread = place(patcher, blocks="gpu:0 50, gpu:1 50")[0]
+    parts = host_model.parts_of(spread)
+    assert [part.is_dynamic() for part in parts] == [True, True]
+    for part in parts:
+        fake_dynamic_vram.as_mapped(part)
+        part.partially_load(part.load_device, 0)
+    for options in ({}, {"prefetch_dynamic_vbars": True}):
+        assert torch.equal(streaming.predict(spread, **options), whole)
+    assert all(part.loaded_size() > 0 for part in parts)
