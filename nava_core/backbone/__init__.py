@@ -3,7 +3,8 @@
 from .compiled import CompiledBlocks
 from .config import BackboneConfig
 from .layers import Kernels, default_attention
-from .model import DEFAULT_OPERATIONS, NavaBackbone, activation_bytes
+from .memory import activation_bytes, no_workspace
+from .model import DEFAULT_OPERATIONS, NavaBackbone
 
 __all__ = [
     "DEFAULT_OPERATIONS",
@@ -13,4 +14,5 @@ __all__ = [
     "NavaBackbone",
     "activation_bytes",
     "default_attention",
+    "no_workspace",
 ]

@@ -14,7 +14,6 @@ from .blocks import AlignmentBlock, FusionBlock, PassState, Stretch
 from .compiled import CompiledBlocks
 from .config import BackboneConfig
 from .layers import (
-    FEED_FORWARD_TOKENS,
     OWN_KERNELS,
     AttentionFunction,
     AudioPatchEmbedding,
@@ -302,17 +301,3 @@ class NavaBackbone(nn.Module):
         # (B, t, h, w, p, q, c) -> (B, c, t, h p, w q), without the padding of odd sizes
         frames = patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
         return frames[..., : video.shape[-2], : video.shape[-1]].contiguous()
-
-
-def activation_bytes(config: BackboneConfig, batch: int, tokens: int, dtype_size: int) -> int:
-    """Peak bytes of the live tensors of one pass beside its weights, for ``batch`` samples of ``tokens`` each.
-
-    Attention holds six tensors of the tokens' size at once; the feed-forward two, and its hidden layer twice for one
-    piece of the tokens. Kernels' own workspaces and the allocator's rounding are not in it.
-    """
-    width = config.dim * dtype_size
-    attention = 6 * tokens * width
-    feed_forward = 2 * tokens * width + 2 * min(tokens, FEED_FORWARD_TOKENS) * config.ffn_dim * dtype_size
-    context = config.text_len * (config.text_dim + 2 * config.dim) * dtype_size
-    table = tokens * config.head_dim // 2 * 8
-    return batch * (max(attention, feed_forward) + context) + table

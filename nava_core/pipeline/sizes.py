@@ -17,7 +17,6 @@ from ..offload import Demand, Weights
 
 # Of the clip's latents in fp32: the samples, given parts, predictions and the solver's state during a pass, counted
 LATENT_COPIES = 16
-COMPILED_SHARE = 4 / 3  # of the activations of blocks as they are, those of compiled ones
 BLOCK_LISTS = ("double_blocks", "single_blocks")
 
 
@@ -48,11 +47,10 @@ def backbone_demand(
     config, size = backbone_config(info), main_dtype(info, dtype).itemsize
     shapes = [shape for shape in (geometry.latent_shape, geometry.audio_shape) if shape]
     latents = LATENT_COPIES * torch.float32.itemsize * sum(torch.Size(shape).numel() for shape in shapes)
-    share = COMPILED_SHARE if compiled else 1
 
     def work(count: int) -> int:
-        activations = activation_bytes(config, count, geometry.tokens, size)
-        return latents + _unpacked_bytes(info, dtype) + int(share * activations)
+        activations = activation_bytes(config, count, geometry.tokens, size, compiled=compiled)
+        return latents + _unpacked_bytes(info, dtype) + activations
 
     return Demand(_backbone_weights(info, dtype), work(1), work(together) if together > 1 else None)
 

@@ -21,12 +21,12 @@ from ...nava_core.checkpoint import FileKind, WrongFileError, describe_file, exp
 from ...nava_core.decoding import IN_PIECES, ONE_PIECE, SoundForm, decode_sound
 from ...nava_core.geometry import AUDIO_BINS, AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND
 from ...nava_core.media import LATENTS_STAGE, SOUND_STAGE, apply_loudness, check_finite, fit_length
+from .component_memory import audio_decode_bytes, audio_encode_bytes
 from .latents import audio_part, clip_seconds
 from .vae import on_device, run_whole, set_reload, stream_in_forms, vae_patcher, what_vae
 
-# The host's own estimates in later versions, in fp32
-DECODE_BYTES_PER_VALUE = 87000 * 4  # for each of the 16 values of a time step
-ENCODE_BYTES_PER_SAMPLE = 330 * 4
+MEL_FRAMES_PER_SECOND = 100
+HOST_RATE = 44100  # which the VAE of later hosts takes its input for
 
 
 def load_audio_vae(path: str | Path, device: str = "default"):
@@ -84,8 +84,9 @@ def decode_audio(audio_vae, latent: torch.Tensor) -> dict:
     def stream(form: SoundForm) -> Iterator[torch.Tensor]:
         yield decode_sound(decode, latent, form)
 
-    def needed(form: SoundForm) -> int:
-        return latent.shape[0] * form.steps(latent.shape[2]) * AUDIO_BINS * DECODE_BYTES_PER_VALUE
+    def needed(form: SoundForm) -> float:
+        batch, channels, steps, bins = latent.shape
+        return audio_decode_bytes(module, (batch, channels, form.steps(steps), bins))
 
     with on_device(patcher.load_device):
         forms = (ONE_PIECE, IN_PIECES)
@@ -113,8 +114,13 @@ def encode_audio(audio_vae, audio: Mapping) -> torch.Tensor:
         work = functools.partial(module.encode, {"waveform": waveform, "sample_rate": rate})
     else:
         work = functools.partial(module.encode, waveform.to(audio_vae.device), sample_rate=rate)
-    needed = waveform[:, 0].numel() * ENCODE_BYTES_PER_SAMPLE
+    needed = audio_encode_bytes(module, _mel_frames(waveform.shape, rate))
     return run_whole(vae_patcher(audio_vae), needed, "encoding the sound", work, full_load=True).float().cpu()
+
+
+def _mel_frames(shape, rate: int) -> int:
+    """Of a waveform (B, channels, N), all samples' together."""
+    return shape[0] * (round(shape[2] * MEL_FRAMES_PER_SECOND / rate) + 1)
 
 
 def _audio_vae_manages_itself() -> bool:
@@ -131,7 +137,11 @@ def _build_audio_vae_0_18(tensors: dict, metadata: dict, device: torch.device | 
 
 def _build_audio_vae_later(tensors: dict, metadata: dict, device: torch.device | None):
     renamed = comfy.utils.state_dict_prefix_replace(tensors, {"audio_vae.": "autoencoder."})
-    return comfy.sd.VAE(sd=renamed, device=device, dtype=torch.float32, metadata=metadata)
+    vae = comfy.sd.VAE(sd=renamed, device=device, dtype=torch.float32, metadata=metadata)
+    module = vae.first_stage_model
+    vae.memory_used_decode = lambda shape, dtype: audio_decode_bytes(module, shape)
+    vae.memory_used_encode = lambda shape, dtype: audio_encode_bytes(module, _mel_frames(shape, HOST_RATE))
+    return vae
 
 
 def _check_audio_tensors(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> None:

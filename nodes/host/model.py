@@ -6,6 +6,7 @@ what they do, and then left to them.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from dataclasses import asdict
@@ -37,12 +38,24 @@ from ...nava_core.checkpoint import (
     plan_tensors,
     stream_tensors,
 )
-from ...nava_core.geometry import audio_latent_to_tokens, audio_tokens_to_latent
+from ...nava_core.explain import TooLittleMemoryError
+from ...nava_core.geometry import (
+    AUDIO_LATENTS_PER_SECOND,
+    FPS,
+    PIXELS_PER_LATENT,
+    audio_latent_to_tokens,
+    audio_tokens_to_latent,
+    frames_of_latents,
+)
+from . import out_of_memory
 from .compiled import compiled_blocks
 from .kernels import HOST_KERNELS
 from .latents import absent_parts, audio_steps_of, check_shapes, map_video, shapes_of
+from .memory import ALLOCATOR_SLACK, PLANNED_RUN, RunSize, attention_workspace, run_bytes, weight_copy_sizes
 from .prefetch import PREFETCH, fetch_next, prefetch_queue
 from .preview import host_unpacks, video_first
+from .raw_parameters import patch_raw_parameters
+from .resident import Elsewhere, Itinerary, PartlyResident
 
 # Conditioning keys of this pack; stock guiders carry them to the model like any other.
 TIMBRE = "nava_timbre"  # (1, S, 192)
@@ -53,8 +66,9 @@ WHOLE_TIMESTEPS = "nava_whole_timesteps"
 
 # From this many tokens on one prediction alone fills a GPU: two at once would only double the memory.
 BATCH_TOKENS = 8192
-ALLOCATOR_SLACK = 1.1  # what PyTorch's allocator holds beside live tensors
 WRAPPER_KEY = "nava"
+ITINERARY = "nava_itinerary"  # of a pass, among the host's options
+BLOCKS_ELSEWHERE = "nava_blocks"  # additional models of a patcher that hold some of its blocks; see offload.py
 
 
 def host_attention(q, k, v, heads, options):
@@ -64,6 +78,8 @@ def host_attention(q, k, v, heads, options):
 
 class HostBackbone(NavaBackbone):
     """The backbone as the host's samplers call it: a list of latents in, a list of velocities out."""
+
+    blocks_elsewhere = False  # whether some of its blocks are Elsewhere
 
     def __init__(self, *, dtype=None, device=None, operations=None, **config):
         super().__init__(
@@ -134,17 +150,28 @@ class HostBackbone(NavaBackbone):
         return super().forward(*latents, **conditions)
 
     def _run_blocks(self, tokens, state):
-        blocks = [*self.double_blocks, *self.single_blocks]
-        state.options[PREFETCH] = queue = prefetch_queue(blocks, tokens, state.options)
-        tokens = super()._run_blocks(tokens, state)
-        fetch_next(queue, tokens.device, None)
+        home, options = tokens.device, state.options
+        here = [block for block in (*self.double_blocks, *self.single_blocks) if not isinstance(block, Elsewhere)]
+        options[PREFETCH] = queue = prefetch_queue(here, tokens, options)
+        options[ITINERARY] = None
+        tokens = super()._run_blocks(tokens, state).to(home)
+        fetch_next(queue, home, None)
         return tokens
 
     def run_block(self, kind, index, block, tokens, state):
         """One block, or what a node has put in its place (``patches_replace``)."""
         options = state.options
         options["block_type"], options["block_index"] = kind, index
-        fetch_next(options.get(PREFETCH), tokens.device, block)
+        if not isinstance(block, Elsewhere):
+            fetch_next(options.get(PREFETCH), state.table.device, block)
+        if self.blocks_elsewhere:
+            if options[ITINERARY] is None:
+                options[ITINERARY] = Itinerary(state.table.device, state)
+            return options[ITINERARY].run(block, tokens, state, functools.partial(self._run_here, kind, index))
+        return self._run_here(kind, index, block, tokens, state)
+
+    def _run_here(self, kind, index, block, tokens, state):
+        options = state.options
         replacement = options.get("patches_replace", {}).get("dit", {}).get((f"{kind}_block", index))
         run = super().run_block
         if replacement is None:
@@ -171,6 +198,8 @@ class NavaModel(comfy.model_base.BaseModel):
         # Set by outer_sample below. Newer hosts set it too, to the same, but only after they have asked how much memory
         # the run will need.
         self.latent_shapes = None
+        self._run = None  # RunSize of the run under way, set by outer_sample too
+        self._one_by_one = False  # memory ran out in this run: predictions are no longer batched
         self._cache_named = False  # the warning of a step cache was given
         self._clean = None  # packed mask of wholly given frames and steps of the run under way
 
@@ -237,6 +266,43 @@ class NavaModel(comfy.model_base.BaseModel):
         noised = super().scale_latent_inpaint(sigma=sigma, noise=noise, latent_image=latent_image, **kwargs)
         return noised if self._clean is None else torch.where(self._clean.to(noised.device), latent_image, noised)
 
+    # ------------------------------------------------------------ the pass, and what is done when memory runs out
+
+    def apply_model(self, x, t, *args, **kwargs):
+        """As of every model; where memory runs out, once more in a smaller form. A pass changes nothing but its own
+        tensors, so that the solver above it does not notice."""
+        apply, patcher = super().apply_model, self.current_patcher
+        if patcher is None or self._run is None:  # a clone on another GPU: its run is begun again, see outer_sample
+            return apply(x, t, *args, **kwargs)
+
+        def again():
+            self._leave_less_on_gpu(patcher, x.shape)
+            return _one_by_one(apply, x, t, *args, **kwargs)
+
+        return out_of_memory.twice(lambda: apply(x, t, *args, **kwargs), again, self._too_little_memory)
+
+    def _leave_less_on_gpu(self, patcher, shape) -> None:
+        out_of_memory.warn(
+            "in a pass: other models leave the GPU, more of this one's weights are streamed, and predictions are "
+            "computed one by one."
+        )
+        parts = parts_of(patcher)
+        out_of_memory.make_room(parts)
+        out_of_memory.keep_less(parts, self.memory_required(shape))
+        self._one_by_one = True
+
+    def _too_little_memory(self) -> str:
+        """The sentence for a clip that does not fit."""
+        shapes = self.latent_shapes
+        device = self.device if self.current_patcher is None else self.current_patcher.load_device
+        needed = self.memory_required([1, 1, sum(math.prod(shape[1:]) for shape in shapes)]) / 2**30
+        fp8 = "" if self.model_config.custom_operations is not None else "set weight_dtype to fp8 in its loader, "
+        return (
+            f"There is too little free memory on {device} to sample this clip ({_what_clip(shapes)}): one prediction "
+            f"takes about {needed:.1f} GB beside the weights, {out_of_memory.free_gigabytes(device):.1f} GB are free. "
+            f"Make the clip smaller or shorter, {fp8}or close other programs that use this GPU."
+        )
+
     # ------------------------------------------------------------ latent spaces
 
     def process_latent_in(self, latent):
@@ -246,6 +312,8 @@ class NavaModel(comfy.model_base.BaseModel):
         return map_video(latent, self.latent_format.process_out, self.latent_shapes)
 
     def state_dict_for_saving(self, unet_state_dict, **others):
+        if self.diffusion_model.blocks_elsewhere:
+            raise ValueError("A MODEL with blocks on several devices is not saved whole: save it before NAVA Offload.")
         if self.model_config.custom_operations is not None:
             from .quantized import quantised_for_saving
 
@@ -256,21 +324,59 @@ class NavaModel(comfy.model_base.BaseModel):
 
     def _tokens(self, shape) -> int:
         """Tokens of one sample, from a latent's shape: its own, or packed (B, 1, values)."""
+        return sum(self._token_counts(shape))
+
+    def _token_counts(self, shape) -> tuple[int, int]:
+        """Of picture and sound."""
         shapes = [shape]
         if len(shape) == 3:
             known = self.latent_shapes is not None and shape[2] == sum(math.prod(s[1:]) for s in self.latent_shapes)
             if not known:
-                return math.ceil(shape[2] / (4 * self.diffusion_model.config.vid_in_dim))
+                return math.ceil(shape[2] / (4 * self.diffusion_model.config.vid_in_dim)), 0
             shapes = self.latent_shapes
+        gone = absent_parts(shapes)
         frames, height, width = shapes[0][2:]
-        video = 0 if (frames, height, width) == (1, 1, 1) else frames * -(-height // 2) * -(-width // 2)
-        return video + (shapes[1][2] if len(shapes) > 1 else 0)
+        video = 0 if gone[0] else frames * -(-height // 2) * -(-width // 2)
+        return video, 0 if len(shapes) < 2 or gone[1] else shapes[1][2]
+
+    def extra_conds_shapes(self, **kwargs):
+        """Only tells :meth:`memory_required` that the host plans a run, not a batch within one."""
+        return {PLANNED_RUN: [1]}
+
+    def clip_bytes(self, video_tokens: int, audio_tokens: int) -> float:
+        """Bytes that one prediction of such a clip takes beside the weights."""
+        return self._pass_bytes(1, video_tokens, audio_tokens) * ALLOCATOR_SLACK
 
     def memory_required(self, input_shape, cond_shapes=None):
-        """Bytes one pass needs beside the weights, for a batch of ``input_shape[0]``."""
-        size = comfy.model_management.dtype_size(self.get_dtype_inference())
-        live = activation_bytes(self.diffusion_model.config, input_shape[0], self._tokens(input_shape), size)
+        """Bytes needed beside the weights, for a batch of ``input_shape[0]``: of one pass, and where the host plans a
+        run also of what the run keeps."""
+        batch, run = input_shape[0], self._run
+        if self._one_by_one and run is not None and batch > run.shapes[0][0]:
+            return math.inf
+        live = self._pass_bytes(batch, *self._token_counts(input_shape))
+        if run is not None and PLANNED_RUN in (cond_shapes or {}):
+            live += run_bytes(run, batch, self.diffusion_model.config, self._dtype_size())
         return live * ALLOCATOR_SLACK
+
+    def _pass_bytes(self, batch: int, video: int, audio: int) -> float:
+        """Of live tensors, for so many tokens of picture and sound."""
+        run = self._run
+        masked = run is not None and run.masked
+        return activation_bytes(
+            self.diffusion_model.config,
+            batch,
+            video + audio,
+            self._dtype_size(),
+            audio_tokens=audio,
+            timesteps=batch * (2 if masked else 1),
+            timestep_groups=run.shapes[0][2] + audio if masked else 2,
+            attention_workspace=attention_workspace(),
+            compiled=self.diffusion_model.compiled is not None,
+            **weight_copy_sizes(self),
+        )
+
+    def _dtype_size(self) -> int:
+        return comfy.model_management.dtype_size(self.get_dtype_inference())
 
 
 class NavaConfig(comfy.supported_models_base.BASE):
@@ -310,6 +416,42 @@ def _warn_of_step_cache(model, transformer_options) -> None:
         )
 
 
+def parts_of(patcher) -> list:
+    """The model of ``patcher``, and those that hold blocks of it on other devices."""
+    return [patcher, *patcher.get_additional_models_with_key(BLOCKS_ELSEWHERE)]
+
+
+def _one_by_one(apply, x, t, *args, transformer_options=None, **conditions):
+    """A batch of the host's predictions, each by itself."""
+    transformer_options = transformer_options or {}
+    count = len(transformer_options.get("cond_or_uncond", ())) or 1
+    if x.shape[0] % count:
+        count = 1
+    results = []
+    for index in range(count):
+
+        def one(value, index=index):
+            whole = not torch.is_tensor(value) or value.shape[:1] != x.shape[:1]
+            return value if whole else value.chunk(count)[index]
+
+        options = {
+            name: value[index : index + 1] if name in ("cond_or_uncond", "uuids") else value
+            for name, value in transformer_options.items()
+        }
+        part = {name: one(value) for name, value in conditions.items()}
+        results.append(apply(one(x), one(t), *map(one, args), transformer_options=options, **part))
+    return torch.cat(results)
+
+
+def _what_clip(shapes) -> str:
+    video, audio = (*absent_parts(shapes), True)[:2]
+    if video:
+        return f"{shapes[1][2] / AUDIO_LATENTS_PER_SECOND:.1f} s of sound"
+    size = f"{shapes[0][4] * PIXELS_PER_LATENT}x{shapes[0][3] * PIXELS_PER_LATENT}"
+    batch = f", {shapes[0][0]} at once" if shapes[0][0] > 1 else ""
+    return f"{size}, {frames_of_latents(shapes[0][2]) / FPS:.1f} s{'' if audio else ' with sound'}{batch}"
+
+
 def _generated_steps(mask):
     """(B, C, steps, ...) noise mask -> (B, steps): 0 where all of a frame or step is given, else 1."""
     return (mask.movedim(2, 1).flatten(2).amax(-1) > 0).float()
@@ -335,26 +477,38 @@ def outer_sample(
     if len(shapes) > 1 and not any(absent_parts(shapes)):
         _warn_of_step_cache(model, executor.class_obj.model_options.get("transformer_options", {}))
     model.latent_shapes = shapes
+    predictions = sum(len(each) for each in getattr(executor.class_obj, "conds", {}).values())
+    model._run = RunSize(tuple(shapes), max(1, predictions), denoise_mask is not None)
     given = _given_values(shapes, latent_image, denoise_mask)
     model._clean = _clean_values(shapes, denoise_mask)
     if callback is not None and len(shapes) > 1 and not host_unpacks():
         callback = video_first(callback, shapes)
     model.diffusion_model.compiled = compiled_blocks(executor.class_obj.model_options)
+    settings = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
     try:
-        output = executor(
-            noise,
-            latent_image,
-            sampler,
-            sigmas,
-            denoise_mask,
-            callback,
-            disable_pbar,
-            seed,
-            latent_shapes=latent_shapes,
-        )
+        output = _run_twice(executor, model, lambda: executor(*settings, latent_shapes=latent_shapes))
     finally:
-        model._clean = model.diffusion_model.compiled = None
+        model._clean = model._run = model.diffusion_model.compiled = None
+        model._one_by_one = False
     return output if given is None else torch.where(given.to(output.device), latent_image.to(output), output)
+
+
+def _run_twice(executor, model, run):
+    """``run``, again from its start where memory ran out outside the network's passes, which look after themselves."""
+    guider = executor.class_obj
+    conds = {name: [cond.copy() for cond in each] for name, each in getattr(guider, "conds", {}).items()}
+
+    def again():
+        out_of_memory.warn("beside the network: other models leave the GPU, and the run begins again.")
+        out_of_memory.make_room(parts_of(guider.model_patcher))
+        guider.conds = conds
+        return run()
+
+    try:
+        return out_of_memory.twice(run, again, model._too_little_memory)
+    except TooLittleMemoryError:
+        comfy.model_management.unload_all_models()  # as the host does after its own error, so that the next prompt runs
+        raise
 
 
 def _given_values(shapes, latent_image, denoise_mask):
@@ -422,7 +576,8 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
         config.set_inference_dtype(*_choose_dtypes(info, WEIGHT_DTYPES[weight_dtype], load_device))
 
     model = config.get_model(None)
-    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    dynamic = comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher and not disable_dynamic
+    patcher_class = comfy.model_patcher.CoreModelPatcher if dynamic else PartlyResident
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
@@ -436,6 +591,7 @@ def load_backbone(path: str, weight_dtype: str = "auto", *, disable_dynamic: boo
     model.origin = init[1]
     patcher.cached_patcher_init = init
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, outer_sample)
+    patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_LOAD, WRAPPER_KEY, patch_raw_parameters)
     return patcher
 
 

@@ -21,7 +21,7 @@ from ...nava_core.backbone import BackboneConfig
 from ...nava_core.backbone.quantized import FP8
 from ...nava_core.checkpoint import describe_file
 from ...nava_core.parallel import Parallel
-from .model import CROSS_MODAL, HostBackbone, NavaModel
+from .model import BLOCKS_ELSEWHERE, CROSS_MODAL, HostBackbone, NavaModel
 
 PREFIX = "diffusion_model."
 WRAPPER_KEY = "nava_workers"
@@ -91,6 +91,11 @@ def over_workers(patcher, workers: int, layout: str, weights: str):
         )
     if isinstance(source, DistantModel):
         raise ValueError("This MODEL has been through NAVA Parallel already: use one such node.")
+    if patcher.get_additional_models_with_key(BLOCKS_ELSEWHERE):
+        raise ValueError(
+            "The blocks of this MODEL are on several devices (NAVA Offload); NAVA Parallel's workers hold them all: "
+            "leave blocks empty there."
+        )
     _refuse_what_stays_here(patcher)
     path, weight_dtype = source.origin
     device = patcher.load_device.type

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import comfy.model_management
@@ -15,6 +15,9 @@ import torch
 from ...nava_core.checkpoint import FileKind, WrongFileError, describe_file, explain_wrong_file
 from ...nava_core.prompt import PromptTokenizer
 from ...nava_core.prompt.umt5 import UMT5Config, from_makers_names, has_makers_names
+from . import out_of_memory
+from .component_memory import text_encode_bytes
+from .devices import CPU, moved_clip
 
 NAME = "umt5xxl"  # ComfyUI's name of the only model in this CLIP
 SPIECE = "spiece_model"  # the tensor that holds the tokenizer in ComfyUI's files
@@ -59,13 +62,16 @@ def encode_ids(clip, ids: Sequence[int]) -> torch.Tensor:
     No padding: the backbone pads the raw context with zeros to its text length. That is what the reference
     does too, which runs the encoder on padded ids under a mask and keeps the first n states. Run on 0.18.1 and 0.33.0.
     """
-    return _with_its_network(clip).encode_from_tokens(host_tokens(ids))
+    return _on_cpu_at_need(_with_its_network(clip), lambda each: each.encode_from_tokens(host_tokens(ids)))
 
 
 def encode_conditioning(clip, ids: Sequence[int], extras: dict | None = None) -> list:
     """Token ids -> CONDITIONING ``[[context, {**extras}]]`` as stock nodes make it: hooks and their schedules on the
     CLIP (a LoRA that changes over the steps) are respected. Run on ComfyUI 0.18.1 and 0.33.0."""
-    return _with_its_network(clip).encode_from_tokens_scheduled(host_tokens(ids), add_dict=dict(extras or {}))
+    return _on_cpu_at_need(
+        _with_its_network(clip),
+        lambda each: each.encode_from_tokens_scheduled(host_tokens(ids), add_dict=dict(extras or {})),
+    )
 
 
 def _with_its_network(clip):
@@ -75,6 +81,24 @@ def _with_its_network(clip):
         clip = clip.clone()
         clip.cond_stage_model = clip.patcher.model
     return clip
+
+
+def _on_cpu_at_need(clip, encode: Callable):
+    """``encode(clip)``; on the CPU where the text encoder's device runs out of memory. Raises TooLittleMemoryError."""
+    device = clip.patcher.load_device
+
+    def on_cpu():
+        out_of_memory.warn(f"on {device} for the text encoder: this prompt is encoded on the CPU, which takes longer.")
+        out_of_memory.release_buffers()
+        return encode(moved_clip(clip, CPU))
+
+    def sentence() -> str:
+        return (
+            "There is too little free memory to encode the prompt, on the GPU and on the CPU: close other programs, or "
+            "take umt5_xxl_fp8_e4m3fn_scaled in NAVA Load Text Encoder."
+        )
+
+    return out_of_memory.twice(lambda: encode(clip), on_cpu, sentence)
 
 
 def host_tokens(ids: Sequence[int]) -> dict[str, list]:
@@ -146,7 +170,7 @@ def _clip(tensors: dict, config: UMT5Config, tokenizer_data: dict, device: str, 
     options = {f"{NAME}_model_config": {**dimensions, "vocab_size": config.vocab_size}}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
-    return comfy.sd.CLIP(
+    clip = comfy.sd.CLIP(
         Target,
         tokenizer_data={**tokenizer_data, f"clip_{NAME}_tokenizer_class": NavaTokenizer},
         parameters=comfy.utils.calculate_parameters(tensors),
@@ -154,6 +178,14 @@ def _clip(tensors: dict, config: UMT5Config, tokenizer_data: dict, device: str, 
         model_options=options,
         disable_dynamic=disable_dynamic,
     )
+    dtype = getattr(clip.cond_stage_model, NAME).transformer.dtype
+
+    def needed(tokens, device=None) -> float:  # the host asks for it by this name
+        sections = tokens.get(NAME, [])
+        return text_encode_bytes(config, max(map(len, sections), default=0), len(sections), dtype)
+
+    clip.cond_stage_model.memory_estimation_function = needed
+    return clip
 
 
 def _with_host_names(tensors: dict) -> dict:

@@ -17,7 +17,8 @@ import comfy.taesd.taehv
 import torch
 
 from ...nava_core.decoding import stream_down
-from ...nava_core.explain import TooLittleMemoryError, is_out_of_memory
+from ...nava_core.explain import TooLittleMemoryError
+from . import out_of_memory
 
 ADVICE = (
     "make the clip smaller or shorter, close other programs, or let the VAE work on the CPU (device: cpu in its "
@@ -28,18 +29,22 @@ ADVICE = (
 def run_whole(patcher, needed: float, task: str, work: Callable[[], torch.Tensor], full_load=False) -> torch.Tensor:
     """What ``work`` computes once the model of ``patcher`` is on its device, with ``needed`` bytes free beside it.
 
-    The host's own encode and decode turn to tiles when memory runs out, and only the log says so; this raises
-    TooLittleMemoryError, in a sentence on the ``task``. Run on ComfyUI 0.18.1 and 0.33.0.
+    The host's own encode and decode turn to tiles when memory runs out, and only the log says so; this takes other
+    models off the device and tries again, then raises TooLittleMemoryError, in a sentence on the ``task``. Run on
+    ComfyUI 0.18.1 and 0.33.0.
     """
     device = patcher.load_device
-    try:
-        with on_device(device):
-            comfy.model_management.load_models_gpu([patcher], memory_required=needed, force_full_load=full_load)
-            return work()
-    except Exception as error:
-        comfy.model_management.raise_non_oom(error)
-    # Only here, out of the except block, are the tensors of the failed pass gone.
-    comfy.model_management.soft_empty_cache()
+    for first in (True, False):
+        try:
+            with on_device(device):
+                comfy.model_management.load_models_gpu([patcher], memory_required=needed, force_full_load=full_load)
+                return work()
+        except Exception as error:
+            out_of_memory.raise_others(error)
+        # Only here, out of the except block, are the tensors of the failed pass gone.
+        if first:
+            out_of_memory.warn(f"{task}: other models leave {device}, and it is tried again.")
+        out_of_memory.make_room([patcher])
     raise TooLittleMemoryError(
         f"There is too little free memory on {device} for {task}, which needs about {needed / 2**30:.1f} GB and is not "
         f"done in tiles, for they change the result: {ADVICE}."
@@ -80,16 +85,16 @@ def stream_in_forms(
 def is_short_of_memory(error: Exception) -> bool:
     """Whether an error is of a device, or the machine, that ran out of memory."""
     try:
-        comfy.model_management.raise_non_oom(error)
+        out_of_memory.raise_others(error)
     except Exception:
-        return is_out_of_memory(error)
+        return False
     return True
 
 
 def free_all() -> None:
     """Give back what the host can: all models leave their devices, and the allocator's cache is emptied."""
     comfy.model_management.unload_all_models()
-    comfy.model_management.soft_empty_cache()
+    out_of_memory.release_buffers()
 
 
 def has_room(vae, needed: float) -> bool:

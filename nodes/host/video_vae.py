@@ -10,6 +10,7 @@ picture away at once: the memory does not grow with the clip. (The host keeps th
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -37,11 +38,13 @@ from ...nava_core.decoding import (
 )
 from ...nava_core.geometry import PIXELS_PER_LATENT, VIDEO_CHANNELS, frames_of_latents
 from ...nava_core.media import LATENTS_STAGE, check_finite
+from .component_memory import video_decode_bytes, video_encode_bytes
 from .latents import video_part
 from .vae import has_room, on_device, run_whole, set_reload, stream_in_forms, what_vae
 
 # Of the host's decoder, counted tensor by tensor at the released width, in either type
 COUNTS = DecoderCounts(whole=15.0, single=11.5, in_ram=5.55, remembered=6.97)
+COUNTS_OF_ONE = DecoderCounts(whole=4.41, single=4.41, in_ram=1.75, remembered=2.66)  # where there is one latent frame
 RELEASED_WIDTHS = (160, 256)  # encoder and decoder of the Wan2.2 VAE, the only ones the host builds by itself
 
 
@@ -50,7 +53,7 @@ def load_video_vae(path: str | Path, device: str = "default") -> comfy.sd.VAE:
 
     ``device``: "default" (the host's choice) or "cpu". The released width goes through the host's loader
     untouched; another width (small models) gets the same class at that width. Raises ValueError with one
-    sentence for another file. Run on ComfyUI 0.18.1 and 0.33.0.
+    sentence for another file. Its memory figures are this pack's. Run on ComfyUI 0.18.1 and 0.33.0.
     """
     info = describe_file(path)
     if info.kind is not FileKind.WAN22_VAE:
@@ -76,6 +79,8 @@ def load_video_vae(path: str | Path, device: str = "default") -> comfy.sd.VAE:
         vae = comfy.sd.VAE(sd=tensors, device=target, metadata=metadata)
     else:
         vae = _video_vae_of_width(tensors, widths, target)
+    vae.memory_used_decode = functools.partial(video_decode_bytes, width=widths[1])
+    vae.memory_used_encode = functools.partial(video_encode_bytes, width=widths[0])
     set_reload(vae, load_video_vae, str(path), device)
     return vae
 
@@ -97,12 +102,13 @@ def decode_video(vae: comfy.sd.VAE, latent: torch.Tensor, decoding: Decoding | N
 
 def _decode_clip(vae: comfy.sd.VAE, latent: torch.Tensor, decoding: Decoding) -> torch.Tensor:
     decoder, shape = _Decoder(vae), latent.shape
+    counts = COUNTS if shape[2] > 1 else COUNTS_OF_ONE
 
     def needed(form: DecodeForm) -> int:
-        return COUNTS.device_bytes(form, *shape[-2:], decoder.width, decoder.dtype)
+        return counts.device_bytes(form, *shape[-2:], decoder.width, decoder.dtype)
 
     def fits(form: DecodeForm) -> bool:
-        in_ram = COUNTS.ram_bytes(form, shape, decoder.width, decoder.dtype) if form.in_ram else 0
+        in_ram = counts.ram_bytes(form, shape, decoder.width, decoder.dtype) if form.in_ram else 0
         free_ram = comfy.model_management.get_free_memory(torch.device("cpu"))
         return in_ram <= free_ram and has_room(vae, needed(form))
 
@@ -208,7 +214,8 @@ def encode_video(vae: comfy.sd.VAE, images: torch.Tensor) -> torch.Tensor:
         latent = vae.first_stage_model.encode(vae.process_input(pixels).float().to(vae.device))
         return latent.to(vae.output_device).to(vae.vae_output_dtype())
 
-    needed = vae.memory_used_encode(pixels.shape, vae.vae_dtype)
+    width = vae.first_stage_model.dim
+    needed = video_encode_bytes(pixels.shape, torch.float32, width, weight_dtype=vae.vae_dtype)
     what = "encoding a first frame" if len(images) == 1 else f"encoding {len(images)} frames"
     task = f"{what} of {pixels.shape[4]}x{pixels.shape[3]}"
     return run_whole(vae.patcher, needed, task, encode, full_load=vae.disable_offload).float()

@@ -208,6 +208,29 @@ def test_activation_figure_is_the_real_size_models_peak(batch, frames, height, w
     assert peak == pytest.approx(activation_bytes(big.config, batch, tokens, 2), rel=0.05)
 
 
+@pytest.mark.parametrize(("frames", "height", "width", "steps"), [(61, 44, 80, 252), (7, 16, 16, 27), (4, 4, 4, 14)])
+def test_activation_figure_where_every_frame_and_step_has_its_own_timestep(frames, height, width, steps, monkeypatch):
+    distinct = frames + steps
+    monkeypatch.setattr(  # how many there are is in the data, and there is none
+        torch,
+        "unique",
+        lambda values, **_: (values.new_empty(distinct), torch.zeros_like(values, dtype=torch.long)),
+    )
+    config = BackboneConfig(num_double_layers=1, num_single_layers=1)
+    with torch.device("meta"):
+        big = NavaBackbone(config, dtype=torch.bfloat16, attention=lambda q, k, v, heads, options: torch.empty_like(q))
+        peak = peak_of_pass(
+            big,
+            torch.empty(1, 48, frames, height, width, dtype=torch.bfloat16),
+            torch.empty(1, steps, 128, dtype=torch.bfloat16),
+            (torch.empty(1, frames), torch.empty(1, steps)),
+            torch.empty(1, 512, 4096, dtype=torch.bfloat16),
+        )
+    tokens = frames * height * width // 4 + steps
+    groups = {"audio_tokens": steps, "timesteps": distinct, "timestep_groups": distinct}
+    assert peak == pytest.approx(activation_bytes(config, 1, tokens, 2, **groups), rel=0.03)
+
+
 def test_the_released_models_size():
     with torch.device("meta"):
         parameters = sum(p.numel() for p in NavaBackbone().parameters())

@@ -1,5 +1,6 @@
 """Blocks under torch.compile: the same numbers, one graph for each kind of block whatever the clip."""
 
+import itertools
 import shutil
 import sys
 from importlib import import_module
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 from nava_core import BackboneConfig, NavaBackbone, backbone, load_backbone
-from nava_core.backbone import CompiledBlocks
+from nava_core.backbone import CompiledBlocks, activation_bytes
 from nava_core.backbone import compiled as compiled_module
 from nava_core.backbone.formats import MADE_HERE, PROTECTING, format_problem
 from nava_core.convert import convert
@@ -268,3 +270,42 @@ def test_workers_compile_theirs():
     for wanted in (True, False):
         worker.prepare(CONFIG.__dict__, [], torch.float32, wanted)
         assert (worker.model.compiled is not None) == wanted
+
+
+# ---------------------------------------------------------------- memory
+
+
+def allocated(work):
+    """Most bytes that PyTorch's allocator on the CPU has handed out at once: what a graph makes, nobody else sees."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        work()
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(now))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_figure_of_compiled_blocks(dtype):
+    config = BackboneConfig(
+        dim=256, ffn_dim=512, freq_dim=32, text_dim=32, num_heads=4, num_double_layers=1, num_single_layers=1
+    )
+    network = NavaBackbone(config).init_weights(seed=1).eval().to(dtype)
+    network.compile_blocks()
+    for frames, steps in ((10, 500), (16, 300)):
+        parts = torch.randn(1, 48, frames, 48, 48), torch.randn(1, steps, 128)
+        video, audio, context = (part.to(dtype) for part in (*parts, torch.randn(1, config.text_len, 32)))
+
+        def one_pass(video=video, audio=audio, context=context):
+            network(video, audio, torch.tensor([500.0]), context, options={})
+
+        with torch.inference_mode():
+            one_pass()
+            counted = allocated(one_pass)
+        tokens, size = frames * 24 * 24 + steps, dtype.itemsize
+        plain, planned = (
+            activation_bytes(config, 1, tokens, size, audio_tokens=steps, compiled=compiled)
+            for compiled in (False, True)
+        )
+        assert planned == pytest.approx(counted, rel=0.15)
+        assert plain < 0.85 * counted

@@ -29,6 +29,7 @@ shared = comfy_host.pack_module("nodes.host.vae")
 decoding = comfy_host.pack_module("nava_core.decoding")
 demo = comfy_host.pack_module("nava_core.demo")
 
+MARGIN = comfy_host.pack_module("nava_core.decoding.forms").MARGIN
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 README = (comfy_host.ROOT / "README.md").read_text(encoding="utf-8")
 Decoding, DecodeForm = decoding.Decoding, decoding.DecodeForm
@@ -200,18 +201,7 @@ def test_memory_is_constant_in_the_clips_length(vae, form):
 def test_estimates_are_what_a_gpu_holds_at_the_released_size(dtype):
     """Counted tensor by tensor at 1280x704 on a GPU that is played: its tensors have sizes and a device, no values."""
     shape = (1, 48, 4, 44, 80)
-    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode():
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("cuda"):
-                network = video._video_network(video.RELEASED_WIDTHS)
-        finally:
-            torch.set_default_dtype(before)
-        for layer in network.modules():
-            if hasattr(layer, "optimized_attention"):  # the host's choice for a CPU asks how much of it is free
-                layer.optimized_attention = comfy.ldm.modules.diffusionmodules.model.pytorch_attention
-        played = Played(network, dtype)
+    with released_on_gpu(dtype) as played:
         peaks = {}
         for form in (decoding.WHOLE, decoding.BY_FRAME, decoding.BY_FRAME_IN_RAM):
             peak, count = counted(played, shape, form, "cuda")
@@ -229,6 +219,33 @@ def test_estimates_are_what_a_gpu_holds_at_the_released_size(dtype):
     assert video.COUNTS.ram_bytes(decoding.BY_FRAME_IN_RAM, shape, 256, torch.bfloat16) / 1e9 == pytest.approx(
         3.22, rel=0.01
     )
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("size", [(16, 16), (30, 52)])
+def test_estimates_of_short_clips_and_other_sizes(size, frames):
+    counts, dtype = video.COUNTS if frames > 1 else video.COUNTS_OF_ONE, torch.bfloat16
+    with released_on_gpu(dtype) as played:
+        for form in (decoding.WHOLE, decoding.BY_FRAME, decoding.BY_FRAME_IN_RAM):
+            peak, _ = counted(played, (1, 48, frames, *size), form, "cuda")
+            assert counts.device_bytes(form, *size, 256, dtype) / MARGIN == pytest.approx(peak, rel=0.15)
+
+
+@contextmanager
+def released_on_gpu(dtype):
+    """The video VAE of the released size on a GPU that is played."""
+    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("cuda"):
+                network = video._video_network(video.RELEASED_WIDTHS)
+        finally:
+            torch.set_default_dtype(before)
+        for layer in network.modules():
+            if hasattr(layer, "optimized_attention"):  # the host's choice for a CPU asks how much of it is free
+                layer.optimized_attention = comfy.ldm.modules.diffusionmodules.model.pytorch_attention
+        yield Played(network, dtype)
 
 
 class Played:
@@ -284,7 +301,7 @@ def test_the_form_follows_from_the_memory_that_the_host_makes(vae, monkeypatch, 
     """The released width's needs in bf16 against ``free`` GB; nothing is decoded."""
     asked = []
     monkeypatch.setattr(video, "has_room", lambda _, needed: asked.append(needed) or needed <= free * 1e9)
-    monkeypatch.setattr(video, "stream_in_forms", lambda *arguments, **_: iter([torch.zeros(1, 1, 1, 3)]))
+    monkeypatch.setattr(video, "stream_in_forms", lambda *arguments, **_: iter([torch.zeros(5, 1, 1, 3)]))
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 32 * 10**9)
     played = Played(vae.first_stage_model, torch.bfloat16)
     played.patcher, played.disable_offload = None, False
@@ -292,7 +309,7 @@ def test_the_form_follows_from_the_memory_that_the_host_makes(vae, monkeypatch, 
         vae=vae, network=vae.first_stage_model, device=vae.device, dtype=vae.vae_dtype, width=256
     ))  # fmt: skip
     with caplog.at_level(logging.INFO):
-        video._decode_clip(played, torch.zeros(1, 48, 1, *shape), Decoding(choice))
+        video._decode_clip(played, torch.zeros(1, 48, 2, *shape), Decoding(choice))
     assert f"NAVA decodes {shape[1] * 16}x{shape[0] * 16} in {form}." in caplog.messages
     assert asked == sorted(asked, reverse=True)
 

@@ -8,6 +8,7 @@ import_comfyui()
 
 import comfy.cli_args  # noqa: E402
 import comfy.conds  # noqa: E402
+import comfy.ldm.modules.attention  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.nested_tensor  # noqa: E402
 import comfy.patcher_extension  # noqa: E402
@@ -244,13 +245,15 @@ def packed_size(shapes):
     return [1, 1, sum(torch.Size(shape[1:]).numel() for shape in shapes)]
 
 
-def test_memory_figure_follows_the_tokens(patcher):
+def test_memory_figure_follows_the_tokens(patcher, monkeypatch):
+    attention = comfy.ldm.modules.attention
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
     model = patcher.model
     config = model.diffusion_model.config
     shapes = [(1, 48, 37, 44, 80), (1, 8, 152, 16)]
     tokens = 37 * 22 * 40 + 152
     model.latent_shapes = shapes
-    expected = host_model.activation_bytes(config, 1, tokens, 4) * host_model.ALLOCATOR_SLACK
+    expected = host_model.activation_bytes(config, 1, tokens, 4, audio_tokens=152) * host_model.ALLOCATOR_SLACK
     assert model.memory_required(packed_size(shapes)) == pytest.approx(expected)
     assert model.memory_required([2, *packed_size(shapes)[1:]]) == pytest.approx(2 * expected, rel=0.05)
     model.latent_shapes = None  # before the first run the host asks with nothing but the packed size

@@ -34,6 +34,7 @@ text_encoder = comfy_host.pack_module("nodes.host.text_encoder")
 sampling = comfy_host.pack_module("nava_core.sampling")
 geometry = comfy_host.pack_module("nava_core.geometry")
 convert = comfy_host.pack_module("nava_core.convert").convert
+TooLittleMemoryError = comfy_host.pack_module("nava_core.explain").TooLittleMemoryError
 
 STEPS, SEED = 3, 11
 DEVICES = [torch.device("cpu"), *(torch.device("cpu", index) for index in (1, 2, 3))]
@@ -304,6 +305,31 @@ def test_an_error_on_a_device_is_the_runs_and_the_next_run_works(patcher, seen, 
             run(many)
     assert not device_threads()
     assert_close(run(many), run(patcher))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_memory_that_runs_out_on_one_device(patcher, seen, monkeypatch, index):
+    """The model's own device takes its pass again; of another's the run begins anew. Twice is one sentence."""
+    many = spread(patcher, 2)
+    whole = run(many)
+    original, failures = host_model.HostBackbone.run_pass, []
+
+    def failing(self, *args, options, **kwargs):
+        if failures and options["multigpu_thread_device"] == DEVICES[index]:
+            raise failures.pop()
+        return original(self, *args, options=options, **kwargs)
+
+    monkeypatch.setattr(host_model.HostBackbone, "run_pass", failing)
+    seen.clear()
+    failures[:] = [torch.OutOfMemoryError("no memory here")]
+    assert_close(run(many), whole)
+    assert 4 * STEPS < len(seen) <= 4 * STEPS + 4
+    failures[:] = [torch.OutOfMemoryError("no memory here")] * 2
+    with pytest.raises(TooLittleMemoryError, match="to sample this clip"):
+        run(many)
+    assert not device_threads()
+    failures.clear()
+    assert_close(run(many), whole)
 
 
 def test_another_clip_after_the_first(patcher, seen):
