@@ -126,9 +126,9 @@ class _Phases:
         return 6 * self.tokens * self.token + work
 
     def cross_attention(self) -> int:
-        """The tokens twice, normed, with one stretch's q and attention to the text's k and v; the output before it."""
+        """The tokens, their norm and what is filled part by part, one stretch's q and attention to the text's k and v."""
         heads, width = self.config.num_heads, self.config.head_dim
-        held = (4 if self.joint else 3) * self.tokens * self.token + 2 * self.context
+        held = (3 if self.joint else 2) * self.tokens * self.token + 2 * self.context
         queries = self.part * self.token
         work = self.workspace(self.batch, self.part, self.config.text_len, heads, width, self.size)
         attention = queries + work
