@@ -67,9 +67,8 @@ class LoraMerge:
     """``loras`` as they fit a backbone file, found from the files' headers: a path each, or (path, strength).
 
     LoRAs of several trainers' namings are known, see :func:`convert_lora`, and plain differences; those of one weight
-    add up in the order given. The weights are those that ComfyUI makes, but that it passes over
-    differences of the heads' ``modulation`` and of the learned null voice, which count here. A
-    strength of 0 leaves a LoRA out. ``notes``: sentences on what of a file is not used.
+    add up in the order given. The weights are those that this pack's model has in ComfyUI. A strength of 0 leaves a
+    LoRA out. ``notes``: sentences on what of a file is not used.
 
         with LoraMerge([("few_steps.safetensors", 0.9)], path).changes() as changes:
             backbone = load_backbone(path, changes=changes)
