@@ -146,8 +146,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=["auto", *DTYPES],
-        help="type of the backbone's weights; auto: bf16 on a GPU, as in the file on a CPU; fp8 files stay fp8; "
-        "also for the video VAE",
+        help="type of the backbone's weights; auto: bf16 on a GPU, as in the file on a CPU; quantised files stay as "
+        "they are; also for the video VAE",
     )
     group.add_argument(
         "--compile",

@@ -116,9 +116,9 @@ class Worker:
 
     def _fill(self, name: str, tensor: Tensor) -> None:
         parameter = self.model.get_parameter(name)
+        if tensor.dtype.itemsize == 1:  # sent, or sharded, as another type of a byte
+            tensor = tensor.view(parameter.dtype)
         if isinstance(parameter, DTensor):
-            if tensor.dtype.itemsize == 1:
-                tensor = tensor.view(parameter.dtype)
             mine = distribute_tensor(
                 tensor.to(self.device), parameter.device_mesh, parameter.placements, src_data_rank=None
             )

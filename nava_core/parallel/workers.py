@@ -424,7 +424,9 @@ def _chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
     chunk: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
-        chunk[name] = tensor.cpu().contiguous()
+        plain = tensor.cpu().contiguous()
+        # The safetensors package writes more types of a byte than it reads; workers know which they are.
+        chunk[name] = plain.view(torch.uint8) if plain.dtype.itemsize == 1 else plain
         size += tensor.nbytes
         if size >= CHUNK_BYTES:
             yield chunk

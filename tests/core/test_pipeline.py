@@ -677,7 +677,7 @@ def test_the_backbone_leaves_a_gpu_only_where_another_does_not_fit_beside_it(fil
         return 10 if on_gpu else 100
 
     components = Components(files, torch.device("cuda"), None, print, keep_loaded)
-    monkeypatch.setattr(memory, "_free_bytes", free)
+    monkeypatch.setattr(memory, "free_bytes", free)
     components._kept["backbone"] = Backbone()
     assert components.make_room(10)
     assert "backbone" in components._kept
