@@ -126,7 +126,7 @@ class _Phases:
         return 6 * self.tokens * self.token + work
 
     def cross_attention(self) -> int:
-        """The tokens, their norm and what is filled part by part, one stretch's q and attention to the text's k and v."""
+        """The tokens, their norm, what is filled part by part, one stretch's q and attention to the text's k and v."""
         heads, width = self.config.num_heads, self.config.head_dim
         held = (3 if self.joint else 2) * self.tokens * self.token + 2 * self.context
         queries = self.part * self.token

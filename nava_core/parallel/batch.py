@@ -193,7 +193,8 @@ class WorkersRunner(Runner):
         for worker in self.workers:
             with contextlib.suppress(Exception):
                 self.ray.kill(worker.actor)
-                if worker.places is not None:  # with all that works there
+            if worker.places is not None:  # with all that works there
+                with contextlib.suppress(Exception):
                     self.ray.util.remove_placement_group(worker.places)
         self.stack.close()
 

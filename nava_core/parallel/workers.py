@@ -130,9 +130,13 @@ def _actor(ray, device: str):
 
 
 class Workers:
-    """Started workers that know each other. Any failure ends all of them: their collectives cannot be resumed."""
+    """Started workers that know each other. Any failure ends all of them: their collectives cannot be resumed.
 
-    def __init__(self, count: int, device: str, sequence: int) -> None:
+    ``check``: called while anything of theirs is waited for, and may raise.
+    """
+
+    def __init__(self, count: int, device: str, sequence: int, check: Callable[[], None] | None = None) -> None:
+        self.check = check
         self._connection = ExitStack()
         self.actors: list = []
         self._end = weakref.finalize(self, _end_workers, self.actors, self._connection)
@@ -175,7 +179,7 @@ class Workers:
 
     def _wait(self, references: list, seconds: float | None = None, check: Callable[[], None] | None = None) -> list:
         end = None if seconds is None else time.monotonic() + seconds
-        pending = list(references)
+        pending, check = list(references), check or self.check
         try:
             while pending:
                 ready, pending = self.ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
@@ -308,13 +312,14 @@ class ParallelBackbone(nn.Module):
         self.workers: Workers | None = None
         self._said: str | None = None
 
-    def start(self) -> Workers:
-        """The workers, with their weights; started where there are none."""
+    def start(self, check: Callable[[], None] | None = None) -> Workers:
+        """The workers, with their weights; started where there are none, with ``check`` called meanwhile, which ends
+        them where it raises."""
         if self.workers is not None and self.workers.alive:
             return self.workers
         _only_one(self)
         self.say(f"Starting {self.count} workers.")
-        workers = Workers(self.count, self.worker_device, self.layout.sequence if self.sharded else 0)
+        workers = Workers(self.count, self.worker_device, self.layout.sequence if self.sharded else 0, check)
         plan = [tensor.plain() for tensor in plan_tensors(self.info, self.weights_dtype)]
         try:
             workers.ask("prepare", asdict(self.config), plan, self.dtype, self.compiles)
@@ -323,6 +328,7 @@ class ParallelBackbone(nn.Module):
         except BaseException:
             workers.close()
             raise
+        workers.check = None
         self.workers = workers
         return workers
 
@@ -365,12 +371,12 @@ class ParallelBackbone(nn.Module):
     def run_together(self, passes: list[dict], check: Callable[[], None] | None = None) -> list[Pair]:
         """The (video, audio) velocities of several passes, each the backbone's arguments by name.
 
-        ``check`` is called first, and now and then while the workers compute; where it raises, the run is at an end
-        and the workers with it: they cannot leave a pass half done.
+        ``check`` is called first, and now and then while the workers start, load and compute; where it raises, the run
+        is at an end and the workers with it: they cannot leave a pass half done.
         """
         if check is not None:
             self._stop_if_asked(check)
-        workers = self.start()
+        workers = self.start(check)
         layout = self._choose(passes, workers.places)
         sent = [{name: _on_cpu(value) for name, value in each.items() if name != "options"} for each in passes]
         answers = workers.ask("run", (layout.branches, layout.sequence), workers.ray.put(sent), check=check)

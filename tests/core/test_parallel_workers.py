@@ -158,6 +158,24 @@ def test_an_interruption_ends_the_workers_and_the_next_run_starts_others(four, p
     assert not set(pids) & {about["pid"] for about in four.workers.about}
 
 
+def test_an_interruption_while_they_start_leaves_none(path, monkeypatch):
+    pids, versions = [], module.Workers._check_versions
+
+    def noted(started):
+        pids.extend(about["pid"] for about in started.about)
+        versions(started)
+
+    def check():
+        if pids:  # they are there, and have no weights yet
+            raise Stop
+
+    monkeypatch.setattr(module.Workers, "_check_versions", noted)
+    with pytest.raises(Stop):
+        ParallelBackbone(path, workers=2).run_together(some_passes(), check)
+    assert len(pids) == 2
+    assert gone(pids, seconds=10)
+
+
 def test_a_mistake_is_told_as_on_one_process(four):
     four.layout = Layout(1, 4)
     short = [{**each, "audio": each["audio"][:, :3], "timestep": torch.tensor([5.0])} for each in some_passes()]

@@ -77,7 +77,9 @@ def released_fp8():
         if "_blocks." in name and weight.ndim == 2:
             weights[name] = weight.to(torch.float8_e4m3fn)
             weights[f"{name}_scale"] = weight.new_empty(weight.shape[0], dtype=torch.bfloat16)
-    model = released(torch.bfloat16, torch.bfloat16, quantized.quantised_operations(torch.bfloat16, torch.device("cpu")))
+    model = released(
+        torch.bfloat16, torch.bfloat16, quantized.quantised_operations(torch.bfloat16, torch.device("cpu"))
+    )
     model.load_model_weights(weights, "", assign=True)
     return model
 
