@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -311,13 +312,13 @@ def small_batch(folder):
 
 
 def sharing_workers():
-    """Ids of the processes that compute a clip together with others."""
+    """Ids of the processes below this one that compute a clip together with others."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for process in psutil.Process().children(recursive=True):
         try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::NavaWorker"):
-                found.append(int(folder.name))
-        except OSError:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::NavaWorker"):
+                found.append(process.pid)
+        except psutil.Error:
             continue
     return found
 
