@@ -124,6 +124,7 @@ def _start(ray: Any, folder: str, cpus: int | None) -> None:
             object_store_memory=OBJECT_STORE,
             _node_ip_address="127.0.0.1",
             _temp_dir=folder,
+            _system_config={"worker_niceness": 0},  # they are the work itself, which Ray would do in the background
         )
 
 

@@ -134,6 +134,12 @@ def test_workers_have_a_clean_environment(four):
     assert len({about["pid"] for about in four.workers.about} | {os.getpid()}) == 5
 
 
+@pytest.mark.skipif(not hasattr(os, "getpriority"), reason="a system without niceness")
+def test_workers_are_no_background_job(four):
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert {os.getpriority(os.PRIO_PROCESS, about["pid"]) for about in four.start().about} == {mine}
+
+
 class Stop(Exception):  # noqa: N818
     pass
 
