@@ -7,7 +7,7 @@ from collections.abc import Callable
 from .config import BackboneConfig
 from .layers import FEED_FORWARD_TOKENS, NORM_TOKENS
 
-COMPILED_MORE = {2: 2, 4: 4}  # tensors of all tokens' size that a compiled block holds beside those of a plain one
+COMPILED_MORE = {2: 3, 4: 4}  # tensors of all tokens' size that a compiled block holds beside those of a plain one
 AUDIO_KERNEL = 7  # of the sound's convolutions over time
 
 # Bytes that attention holds beside q, k, v and its output, for (batch, queries, keys, heads, head_dim, dtype_size).
