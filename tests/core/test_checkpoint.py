@@ -657,43 +657,21 @@ def test_fp8_matmul_error_on_a_gpu():
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured through /proc")
 PEAK = """
-import sys, threading, time
-sys.path.insert(0, sys.argv[1])
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/core"]
 import torch
 torch.set_num_threads(1)
 from nava_core.checkpoint import load_backbone
 from nava_core.convert import convert
-
-def anonymous():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
+from _ram import measure
 
 def warm():
     load_backbone(sys.argv[4], dtype=torch.bfloat16)
 
-def measure(work):
-    # Anonymous memory at its highest while work runs, above what it was before.
-    peak, done = 0, False
-
-    def watch():
-        nonlocal peak
-        while not done:
-            peak = max(peak, anonymous())
-            time.sleep(0.0005)
-
-    start = anonymous()
-    thread = threading.Thread(target=watch)
-    thread.start()
-    kept = work()
-    done = True
-    thread.join()
-    return peak - start
-
 warm()
 for path in sys.argv[2:4]:
-    print(measure(lambda: load_backbone(path, dtype=torch.bfloat16)))
-print(measure(lambda: convert(sys.argv[2], sys.argv[2] + ".fp8")))
+    print(measure(lambda: load_backbone(path, dtype=torch.bfloat16))[0])
+print(measure(lambda: convert(sys.argv[2], sys.argv[2] + ".fp8"))[0])
 """
 
 

@@ -539,40 +539,18 @@ def test_a_tensor_that_lies_askew_is_read(tmp_path):
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured through /proc")
 TAKEN = """
-import sys, threading, time
-sys.path.insert(0, sys.argv[1])
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/core"]
 import torch
 torch.set_num_threads(1)
 from nava_core.checkpoint import load_backbone
 from nava_core.offload import streaming
+from _ram import measure
 import diffusers.hooks
 
 streaming._register = lambda address, size: True
 streaming._unlock_all = lambda addresses: None
 BLOCKS = [f"{kind}_blocks.{index}." for kind, count in (("double", 2), ("single", 5)) for index in range(count)]
-
-def anonymous():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-
-def measure(work):
-    # Memory of the process's own at its highest while work runs, above what it was before.
-    peak, done = 0, False
-
-    def watch():
-        nonlocal peak
-        while not done:
-            peak = max(peak, anonymous())
-            time.sleep(0.0005)
-
-    start = anonymous()
-    thread = threading.Thread(target=watch)
-    thread.start()
-    kept = work()
-    done = True
-    thread.join()
-    return peak - start, anonymous() - start
 
 def lock(model):
     for block in (*model.double_blocks, *model.single_blocks):

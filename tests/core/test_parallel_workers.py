@@ -165,7 +165,8 @@ def test_an_interruption_ends_the_workers_and_the_next_run_starts_others(four, p
 
 
 def test_an_interruption_while_they_start_leaves_none(path, monkeypatch):
-    pids, versions = [], module.Workers._check_versions
+    pids, asked = [], []
+    versions, ask = module.Workers._check_versions, module.Workers.ask
 
     def noted(started):
         pids.extend(about["pid"] for about in started.about)
@@ -175,9 +176,15 @@ def test_an_interruption_while_they_start_leaves_none(path, monkeypatch):
         if pids:  # they are there, and have no weights yet
             raise Stop
 
+    def asks(started, method, *arguments, **named):
+        asked.append(method)
+        return ask(started, method, *arguments, **named)
+
     monkeypatch.setattr(module.Workers, "_check_versions", noted)
+    monkeypatch.setattr(module.Workers, "ask", asks)
     with pytest.raises(Stop):
         ParallelBackbone(path, workers=2).run_together(some_passes(), check)
+    assert asked == ["about"]  # not even the weights
     assert len(pids) == 2
     assert gone(pids, seconds=10)
 
