@@ -36,6 +36,7 @@ BALL_SIZE = 0.98  # twice the square of its radius, in latents
 BACKGROUND = 0.15
 SIZE = (4, 6)
 EVERY = slice(None)
+Span = slice | list[int]
 PER_SCENE = ("video", "audio", "context", "timbre", "timbre_positions")
 
 
@@ -147,17 +148,17 @@ class World:
         shown["voice"] = round(self.voice_cosine(audio).nanmean().item(), 4)
         return shown
 
-    # Each of the following gives (scenes,). Spans are slices of latent frames or audio steps of the clip.
+    # Each of the following gives (scenes,). Spans are slices or lists of latent frames or audio steps of the clip.
 
-    def colour_right(self, video: Tensor, frames: slice = EVERY) -> Tensor:
+    def colour_right(self, video: Tensor, frames: Span = EVERY) -> Tensor:
         """1 where the ball has its scene's colour."""
         return (self._balls(video)[:, :, frames].sum((2, 3, 4)).argmax(1) == self["scene/colour"]).float()
 
-    def material_right(self, audio: Tensor, steps: slice = EVERY) -> Tensor:
+    def material_right(self, audio: Tensor, steps: Span = EVERY) -> Tensor:
         loudest = self._struck(audio)[:, :, steps].clamp(min=0).amax(2)
         return (loudest.argmax(1) == self["scene/material"]).float()
 
-    def rain_right(self, audio: Tensor, steps: slice = EVERY) -> Tensor:
+    def rain_right(self, audio: Tensor, steps: Span = EVERY) -> Tensor:
         loud = (audio / self.audio_scale @ self["rain"])[:, steps].mean(1) / audio.shape[2]
         return ((loud > RAIN) == (self["scene/rain"] > 0)).float()
 
@@ -166,31 +167,32 @@ class World:
         apart = torch.remainder(first - second, 1)
         return 1000 * torch.minimum(apart, 1 - apart) * self["periods"][self["scene/period"]]
 
-    def seen_phase(self, video: Tensor, frames: slice = EVERY) -> Tensor:
+    def seen_phase(self, video: Tensor, frames: Span = EVERY) -> Tensor:
         """The phase whose bounce is nearest to the ball's height."""
         height = self.height(video)
         cycles = self._cycles(frame_seconds(height.shape[1]), self["scene/period"], _phases())[:, :, frames]
         return (self._heights(cycles) - height[:, None, frames]).square().mean(2).argmin(1) / PHASES
 
-    def heard_phase(self, audio: Tensor, steps: slice = EVERY) -> Tensor:
+    def heard_phase(self, audio: Tensor, steps: Span = EVERY) -> Tensor:
         """The phase whose sounds correlate best with what is heard of the scene's material."""
         struck = _own(self._struck(audio), self["scene/material"])[:, steps]
         sounds = self._sounds(step_seconds(audio.shape[1]), self["scene/period"], _phases())[:, :, steps]
         sounds = sounds - sounds.mean(2, keepdim=True)
         return F.cosine_similarity(sounds, _centred(struck)[:, None], dim=2).argmax(1) / PHASES
 
-    def place(self, video: Tensor, frames: slice = EVERY) -> Tensor:
+    def place(self, video: Tensor, frames: Span = EVERY) -> Tensor:
         """The column where the ball bounces, in latents."""
         columns = self._ball(video)[:, frames].square().sum((1, 2))
         return columns @ torch.arange(SIZE[1], dtype=columns.dtype) / columns.sum(1).clamp(min=1e-6)
 
-    def lips(self, video: Tensor, audio: Tensor, frames: slice = EVERY) -> Tensor:
+    def lips(self, video: Tensor, audio: Tensor, frames: Span = EVERY) -> Tensor:
         """Correlation of mouth and speech, NaN where nobody speaks. The sound is as long as the picture."""
-        loud = F.interpolate(self._voices(audio).norm(dim=2)[:, None], video.shape[2], mode="linear", align_corners=True)
-        mouth, loud = self.mouth(video)[:, frames], loud[:, 0, frames]
-        return self._where_spoken(F.cosine_similarity(_centred(mouth), _centred(loud), dim=1))
+        loud = self._voices(audio).norm(dim=2)[:, None]
+        loud = F.interpolate(loud, video.shape[2], mode="linear", align_corners=True)[:, 0]
+        mouth = self.mouth(video)
+        return self._where_spoken(F.cosine_similarity(_centred(mouth[:, frames]), _centred(loud[:, frames]), dim=1))
 
-    def lips_truth(self, video: Tensor, frames: slice = EVERY) -> Tensor:
+    def lips_truth(self, video: Tensor, frames: Span = EVERY) -> Tensor:
         """Correlation of the mouth and the true syllables, NaN where nobody speaks."""
         wanted = self.syllables(frame_seconds(video.shape[2]))[:, frames]
         return self._where_spoken(F.cosine_similarity(_centred(self.mouth(video)[:, frames]), _centred(wanted), dim=1))
@@ -202,20 +204,30 @@ class World:
         cosine = F.cosine_similarity(heard, torch.tanh(self["scene/z"]), dim=1)
         return self._where_spoken(torch.where(self["scene/voiced"] > 0, cosine, torch.nan))
 
-    def brightness(self, video: Tensor, frames: slice = EVERY) -> Tensor:
+    def brightness(self, video: Tensor, frames: Span = EVERY) -> Tensor:
         """How bright the ball is, as a ratio to the truth's mean over whole bounces (a single frame's differs)."""
         true = self._ball(self["video"]).amax((2, 3)).mean(1)
         return self._ball(video)[:, frames].amax((2, 3)).mean(1) / true
 
-    def sharpness(self, video: Tensor, frames: slice = EVERY) -> Tensor:
+    def sharpness(self, video: Tensor, frames: Span = EVERY) -> Tensor:
         """Energy of the picture's differences between neighbours, as a ratio to the truth's of whole scenes."""
         return _edges(video[:, :, frames]) / _edges(self["video"])
 
-    def grain(self, video: Tensor, frames: slice = EVERY) -> Tensor:
+    def grain(self, video: Tensor, frames: Span = EVERY) -> Tensor:
         """Size of what in the picture is nothing of this world, relative to the whole picture."""
         seen = video[:, :, frames].flatten(2)
         basis = torch.cat([self["colour"], self["back"][None], self["mouth"][None]])
         return (seen - torch.linalg.pinv(basis) @ (basis @ seen)).norm(dim=(1, 2)) / seen.norm(dim=(1, 2))
+
+    def jump(self, made: Tensor, true: Tensor, joints: list[int]) -> Tensor:
+        """How far picture or sound goes from latent ``joint - 1`` to ``joint``, relative to the truth's mean."""
+        dim = 2 if made.ndim == 5 else 1
+        before = [joint - 1 for joint in joints]
+        mine, wanted = (
+            (x.movedim(dim, 1)[:, joints] - x.movedim(dim, 1)[:, before]).flatten(2).norm(dim=2).mean(1)
+            for x in (made, true)
+        )
+        return mine / wanted.mean()
 
     # (scenes, frames)
 
