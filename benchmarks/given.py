@@ -28,7 +28,7 @@ from torch import Tensor
 from nava_core import Guidance, flow_sigmas, load_backbone
 from nava_core.given import CLEAN, SHOWN, frames_touching, steps_touching, steps_within
 
-from .learned import FRAMES, SIZE, STEPS, Apart, Span, World
+from .learned import FRAME_RATE, FRAMES, SIZE, STEPS, Apart, Span, World
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results/given.json", ROOT / "docs/given_parts.md"
@@ -67,6 +67,7 @@ COLUMNS = {
     "span_ms": Column("within the given span, ms", 0),
     "rest_ms": Column("outside it, ms", 0),
     "phase_ms": Column("made picture out of time, ms", 0),
+    "either_ms": Column("with time forwards or backwards, ms", 0),
     "heard_ms": Column("made sound out of time, ms", 0),
     "lips": Column("lips"),
     "material": Column("material right"),
@@ -113,7 +114,9 @@ class Lab:
     def with_masks(self, video_mask: Tensor, audio_mask: Tensor, source: Pair | None = None, **more) -> Pair:
         """Clips made where the masks are 1. Raises RuntimeError where a given part is not kept bit by bit."""
         source = self.truth if source is None else source
-        parts = dict(zip(("video_latent", "audio_latent"), source, strict=True))
+        # nothing of what is to be made is told
+        given = (torch.where(m < 1, x, 0.0) for m, x in zip((video_mask, audio_mask), source, strict=True))
+        parts = dict(zip(("video_latent", "audio_latent"), given, strict=True))
         parts |= {"video_mask": video_mask, "audio_mask": audio_mask}
         clip = self.world.sample(self.network, self.guidance, self.steps, self.seed, **parts, **more)
         for mask, made, wanted in zip((video_mask, audio_mask), clip, source, strict=True):
@@ -135,6 +138,13 @@ class Lab:
     def out_of_time(self, video: Tensor, frames: Span = slice(None)) -> Tensor:
         """Time between the bounces seen and the true ones, ms."""
         return self.world.apart_ms(self.world.seen_phase(video, frames), self.world["scene/phase"])
+
+    def out_of_time_either_way(self, video: Tensor, frames: Span, given: int) -> Tensor:
+        """The same where the lone frame ``given`` is known, which tells the ball's height and not whether it rises."""
+        world = self.world
+        cycles = given / FRAME_RATE / world["periods"][world["scene/period"]]
+        seen, phase = world.seen_phase(video, frames), world["scene/phase"]
+        return torch.minimum(world.apart_ms(seen, phase), world.apart_ms(seen, -2 * cycles - phase))
 
     def heard_out_of_time(self, audio: Tensor, steps: Span = slice(None)) -> Tensor:
         return self.world.apart_ms(self.world.heard_phase(audio, steps), self.world["scene/phase"])
@@ -377,6 +387,8 @@ def _fit(lab: Lab, frames: list[int], video: Tensor) -> Shown:
     made = _others_of(frames)
     joints = [b for a, b in pairwise(range(FRAMES)) if (a in frames) != (b in frames)]
     found = {"phase_ms": lab.out_of_time(video, made), "place": lab.misplaced(video, made)}
+    if len(frames) == 1:
+        found["either_ms"] = lab.out_of_time_either_way(video, made, *frames)
     return found | {"jump": lab.world.jump(video, lab.world["video"], joints)} | lab.looks(video, made)
 
 
@@ -428,22 +440,27 @@ def main() -> None:
     parser.add_argument("world", type=Path, help="its vectors and scenes")
     parser.add_argument("--scenes", type=int, default=32)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--only", nargs="*", choices=list(SECTIONS), help="measure and print these alone")
+    parser.add_argument("--only", nargs="*", choices=list(SECTIONS), help="measure these again and leave the others")
     parser.add_argument("--docs", action="store_true", help=f"put the tables into {DOCS.relative_to(ROOT)}")
     args = parser.parse_args()
-    network = load_backbone(args.weights, dtype=torch.float32)
-    lab = Lab(network, World.read(args.world, args.scenes), args.steps)
-    started, found = time.monotonic(), {}
-    for name in args.only or SECTIONS:
-        found[name] = measured(name, lab)
-        print(f"\n{name} ({time.monotonic() - started:.0f} s)\n{table(found[name])}", flush=True)
-    if args.only:
-        return
+    lab = Lab(load_backbone(args.weights, dtype=torch.float32), World.read(args.world, args.scenes), args.steps)
     about = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-    about |= {"scenes": args.scenes, "steps": args.steps, "seconds": round(time.monotonic() - started)}
-    RESULTS.write_text(json.dumps(about | {"sections": found}, indent=1) + "\n")
+    about |= {"scenes": args.scenes, "steps": args.steps}
+    for name in SECTIONS if args.only is None else args.only:
+        started = time.monotonic()
+        rows = measured(name, lab)
+        keep(name, about | {"seconds": round(time.monotonic() - started), "rows": rows})
+        print(f"\n{name}\n{table(rows)}", flush=True)
     if args.docs:
-        DOCS.write_text(with_tables(DOCS.read_text(), found))
+        DOCS.write_text(with_tables(DOCS.read_text(), json.loads(RESULTS.read_text())))
+
+
+def keep(name: str, section: dict) -> None:
+    """Put a section's figures into the results, beside the others'."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found[name] = section
+    ordered = {each: found[each] for each in SECTIONS if each in found}
+    RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
 def measured(name: str, lab: Lab) -> list[dict]:
@@ -476,14 +493,14 @@ def table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def with_tables(text: str, sections: dict[str, list[dict]]) -> str:
+def with_tables(text: str, sections: dict[str, dict]) -> str:
     """The page with each section's table between its marks ``<!-- NAME -->`` and ``<!-- end -->``."""
-    for name, rows in sections.items():
+    for name, section in sections.items():
         begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
         parts = re.split(pattern, text, flags=re.DOTALL)
         count = len(parts) - 1
-        text = (begin + table(rows) + end).join(parts)
+        text = (begin + table(section["rows"]) + end).join(parts)
         if count != 1:
             raise ValueError(f"The page has {count} places for the table '{name}'; there must be one.")
     return text

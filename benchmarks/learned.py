@@ -56,7 +56,10 @@ class World:
         world = cls(tensors, float(metadata["video_scale"]), float(metadata["audio_scale"]))
         if "video" not in tensors:
             tensors["video"], tensors["audio"] = world.rendered()
-        return world._with(lambda tensor: tensor[:count])
+        return world.first(count)
+
+    def first(self, count: int) -> World:
+        return self._with(lambda tensor: tensor[:count])
 
     def repeated(self, times: int) -> World:
         """All scenes several times over: as many clips of each from noise of their own."""
