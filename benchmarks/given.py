@@ -70,6 +70,7 @@ COLUMNS = {
     "either_ms": Column("with time forwards or backwards, ms", 0),
     "heard_ms": Column("made sound out of time, ms", 0),
     "lips": Column("lips"),
+    "syllables": Column("syllables"),
     "material": Column("material right"),
     "rain": Column("rain right"),
     "colour": Column("colour right"),
@@ -174,6 +175,7 @@ def given_sound(lab: Lab) -> Iterator[tuple[str, Shown]]:
         return {
             "sync_ms": lab.out_of_time(video),
             "lips": world.lips(video, world["audio"]),
+            "syllables": world.syllables_truth(video),
             "colour": world.colour_right(video),
         }
 
@@ -240,7 +242,7 @@ def retake(lab: Lab) -> Iterator[tuple[str, Shown]]:
     world = lab.world
     frames, steps = frames_touching(*RETAKEN, FRAMES), steps_touching(*RETAKEN, STEPS)
     joints, sound_joints = [frames.start, frames.stop], [steps.start, steps.stop]
-    kept_frames, kept_steps = _others(frames, FRAMES), _others(steps, STEPS)
+    kept_frames, kept_steps = others(frames, FRAMES), others(steps, STEPS)
 
     def shown(clip: Pair, picture: bool, sound: bool) -> Shown:
         video, audio = clip
@@ -268,7 +270,7 @@ def retake_of_its_own(lab: Lab) -> Iterator[tuple[str, Shown]]:
     """The network's own clips: the retaken span's time against the kept parts'."""
     world = lab.world
     frames, steps = frames_touching(*RETAKEN, FRAMES), steps_touching(*RETAKEN, STEPS)
-    kept_frames, kept_steps = _others(frames, FRAMES), _others(steps, STEPS)
+    kept_frames, kept_steps = others(frames, FRAMES), others(steps, STEPS)
     source, other = lab.with_(seed=lab.seed + 1).free(), lab.free()
     seen, heard = world.seen_phase(source[0], kept_frames), world.heard_phase(source[1], kept_steps)
 
@@ -295,7 +297,8 @@ def region(lab: Lab) -> Iterator[tuple[str, Shown]]:
 
     def shown(video: Tensor) -> Shown:
         on_the_right = torch.where(right, lab.out_of_time(video), torch.nan)
-        return {"phase_ms": on_the_right, "lips": world.lips(video, world["audio"]), "grain": world.grain(video)}
+        lips, syllables = world.lips(video, world["audio"]), world.syllables_truth(video)
+        return {"phase_ms": on_the_right, "lips": lips, "syllables": syllables, "grain": world.grain(video)}
 
     def made(rows: slice, columns: slice, steps: slice = slice(None), made_by: Lab = lab) -> Tensor:
         masks = torch.zeros(1, 1, FRAMES, *SIZE), torch.ones(1, STEPS, 1)
@@ -312,7 +315,7 @@ def region(lab: Lab) -> Iterator[tuple[str, Shown]]:
     yield "nothing kept but the sound", shown(lab.with_given(steps=slice(None))[0])
 
 
-def _others(span: slice, count: int) -> list[int]:
+def others(span: slice, count: int) -> list[int]:
     return [k for k in range(count) if not span.start <= k < span.stop]
 
 
@@ -376,7 +379,7 @@ def shown_without_text(lab: Lab) -> Iterator[tuple[str, Shown]]:
     """The given frames alone say the ball's colour."""
     lab = lab.with_(world=lab.world.without_text())
     for place, frames in (*PLACES.items(), ("none", [])):
-        made = _others_of(frames)
+        made = others_of(frames)
         for name in SHOWN if frames else ("clean",):
             video = lab.with_given(frames, shown=name)[0]
             label = f"{place}, {name}" if frames else place
@@ -384,7 +387,7 @@ def shown_without_text(lab: Lab) -> Iterator[tuple[str, Shown]]:
 
 
 def _fit(lab: Lab, frames: list[int], video: Tensor) -> Shown:
-    made = _others_of(frames)
+    made = others_of(frames)
     joints = [b for a, b in pairwise(range(FRAMES)) if (a in frames) != (b in frames)]
     found = {"phase_ms": lab.out_of_time(video, made), "place": lab.misplaced(video, made)}
     if len(frames) == 1:
@@ -392,7 +395,7 @@ def _fit(lab: Lab, frames: list[int], video: Tensor) -> Shown:
     return found | {"jump": lab.world.jump(video, lab.world["video"], joints)} | lab.looks(video, made)
 
 
-def _others_of(frames: list[int]) -> list[int]:
+def others_of(frames: list[int]) -> list[int]:
     return [k for k in range(FRAMES) if k not in frames]
 
 

@@ -108,10 +108,14 @@ class World:
 
     def syllables(self, seconds: Tensor) -> Tensor:
         """How far the mouth is open, 0 to 1, (scenes, times)."""
+        since, speaks = self._speech(seconds)
+        return torch.sin(math.pi * self["scene/rate"][:, None] * since).square() * speaks
+
+    def _speech(self, seconds: Tensor) -> tuple[Tensor, Tensor]:
+        """Seconds since the scene's speech began, and whether there is any: both (scenes, times)."""
         kind = self["scene/speech"][:, None]
         since = torch.remainder(seconds, TURN) - torch.tensor(SPEECH_STARTS)[kind]
-        opened = torch.sin(math.pi * self["scene/rate"][:, None] * since).square()
-        return opened * ((kind > 0) & (since >= 0) & (since < SPEECH))
+        return since, (kind > 0) & (since >= 0) & (since < SPEECH)
 
     # --- the network's clips ---
 
@@ -199,6 +203,17 @@ class World:
         """Correlation of the mouth and the true syllables, NaN where nobody speaks."""
         wanted = self.syllables(frame_seconds(video.shape[2]))[:, frames]
         return self._where_spoken(F.cosine_similarity(_centred(self.mouth(video)[:, frames]), _centred(wanted), dim=1))
+
+    def syllables_truth(self, video: Tensor) -> Tensor:
+        """The same while somebody speaks and no longer: the text tells when that is, and not when the syllables are."""
+        seconds = frame_seconds(video.shape[2])
+        speaks = self._speech(seconds)[1].float()
+        count = speaks.sum(1, keepdim=True).clamp(min=1)
+        mouth, wanted = (
+            (values - (values * speaks).sum(1, keepdim=True) / count) * speaks
+            for values in (self.mouth(video), self.syllables(seconds))
+        )
+        return self._where_spoken(F.cosine_similarity(mouth, wanted, dim=1))
 
     def voice_cosine(self, audio: Tensor) -> Tensor:
         """Cosine of the voice heard and the one given, NaN where none is."""
