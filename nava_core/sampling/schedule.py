@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 TRAIN_STEPS = 1000
@@ -15,16 +17,31 @@ def shift_sigma(sigma, shift: float):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def flow_sigmas(steps: int, shift: float = 5.0) -> torch.Tensor:
+def flow_sigmas(steps: int, shift: float = 5.0, denoise: float = 1.0) -> torch.Tensor:
     """Noise levels of ``steps`` sampling steps, (steps + 1,) fp32, falling, the last one 0.
 
-    The training schedule is already shifted; sampling takes even steps over it and shifts once more.
-    Raises ValueError for fewer than one step or a shift that is not positive.
+    The training schedule is already shifted; sampling takes even steps over it and shifts once more. With ``denoise``
+    below 1 they are the last of a schedule of steps / denoise, which starts part of the way, as for a second pass.
+    Raises ValueError for fewer than one step, a shift that is not positive, and ``denoise`` outside 0..1.
     """
     if steps < 1:
         raise ValueError(f"A schedule needs at least 1 step; got {steps}.")
     if not shift > 0:
         raise ValueError(f"The schedule's shift must be above 0; got {shift}.")
+    return last_steps(lambda total: _all_sigmas(total, shift), steps, denoise)
+
+
+def last_steps(schedule: Callable[[int], torch.Tensor], steps: int, denoise: float) -> torch.Tensor:
+    """The last ``steps`` of a ``schedule`` of steps / denoise steps, as ComfyUI's samplers take ``denoise``.
+
+    Raises ValueError for ``denoise`` outside 0..1, 0 excluded.
+    """
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise is the part of the run that is made anew, above 0 and up to 1; got {denoise:g}.")
+    return schedule(max(steps, int(steps / denoise)))[-(steps + 1) :]
+
+
+def _all_sigmas(steps: int, shift: float) -> torch.Tensor:
     highest = shift_sigma(torch.tensor(TRAIN_START), shift).item()  # the training schedule is in fp32
     even = torch.linspace(highest, 0.0, steps + 1, dtype=torch.float64)
     return shift_sigma(even, shift).float()
