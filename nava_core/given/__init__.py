@@ -13,17 +13,21 @@ from .masks import (
     steps_touching,
     steps_within,
 )
+from .stretch import Stretch, chosen, place_pictures
 
 __all__ = [
     "CLEAN",
     "NOISED",
     "SHOWN",
+    "Stretch",
+    "chosen",
     "clean_steps",
     "frames_touching",
     "frames_within",
     "is_given",
     "kept",
     "made_steps",
+    "place_pictures",
     "steps_touching",
     "steps_within",
 ]
