@@ -105,9 +105,7 @@ def give_frames(
     numbers, notes = _at_clip_rate(len(images), fps)
     first = _first_frame(at, len(numbers), frames)
     if at is None and len(numbers) > frames:
-        notes.append(
-            f"The clip has {frames} frames: the {len(numbers) - frames} pictures before its last ones are cut."
-        )
+        notes.append(f"The clip has {frames} frames: of {len(numbers)} pictures the last ones are taken.")
         numbers = numbers[-frames:]
     stretch = place_pictures(len(numbers), first, frames)
     used = sorted(set(stretch.to_encode))
