@@ -29,7 +29,8 @@ class VideoFile:
     """A video as it was read.
 
     ``frames`` (F, H, W, 3) uint8 are upright and at a constant ``fps``; ``waveform`` (C, N) fp32 at ``sample_rate``
-    begins with the first frame, and is None for a silent video; ``size`` is the video's own (width, height).
+    begins with the first frame, and is None for a silent video; ``size`` is the video's own (width, height); ``notes``
+    are sentences on what is unusual about the file.
     """
 
     frames: torch.Tensor
@@ -37,6 +38,7 @@ class VideoFile:
     waveform: torch.Tensor | None
     sample_rate: int
     size: tuple[int, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -62,22 +64,30 @@ def read_video(
             fps = stream.average_rate or stream.guessed_rate or Fraction(FPS)
             frames, times, own = _decoded_frames(container, stream, fps, max_seconds, size)
             sound_start = _start(container.streams.audio[0]) if container.streams.audio else None
+            told = stream.frames
     except av.FFmpegError as error:
         raise ValueError(f"Cannot read {path.name} as video: {error.strerror or error}.") from error
     if not frames:
         raise ValueError(f"The picture track of {path.name} is empty or broken: no frame of it can be read.")
+    notes = []
+    if max_seconds is None and len(frames) < told:
+        notes.append(f"Only {len(frames)} of the {told} frames that {path.name} tells of are in it: it may be cut off.")
     order = _even_order(times, fps)
+    if order is not None:
+        notes.append(f"The frames of {path.name} come unevenly: they were read at {float(fps):.4g} a second.")
     frames = torch.stack(frames if order is None else [frames[index] for index in order])
     waveform, rate = None, 0
     if sound_start is not None:
         limit = float(len(frames) / fps) if max_seconds is None else max_seconds
         waveform, rate = _sound_of(path, limit, sound_start - times[0])
-    return VideoFile(frames, Fraction(fps), waveform, rate, own)
+    return VideoFile(frames, Fraction(fps), waveform, rate, own, tuple(notes))
 
 
 def _picture_stream(container, path: Path):
     import av
 
+    if not (container.streams.video or container.streams.audio):
+        raise ValueError(f"Cannot read {path.name} as video: it is broken or cut off, or something else.")
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
