@@ -54,6 +54,21 @@ def guidance_inputs() -> list:
     return inputs
 
 
+def denoise_input() -> io.Float.Input:
+    """Optional, so that workflows saved before it was there mean what they meant."""
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.01,
+        max=1.0,
+        step=0.01,
+        optional=True,
+        advanced=True,
+        tooltip="Below 1 the clip in the latent is noised part of the way and made anew from there, as in a second "
+        "pass; the steps are spent on that part.",
+    )
+
+
 def step_inputs() -> list:
     return [
         io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps."),
@@ -138,13 +153,19 @@ class NavaSigmas(io.ComfyNode):
             display_name="NAVA Sigmas",
             category=category("sampling"),
             description="NAVA's own noise schedule.",
-            inputs=[*step_inputs(), preset_input("its own 4 noise levels, for the stock euler sampler.")],
+            inputs=[
+                *step_inputs(),
+                preset_input("its own 4 noise levels, for the stock euler sampler."),
+                denoise_input(),
+            ],
             outputs=[io.Sigmas.Output()],
         )
 
     @classmethod
-    def execute(cls, steps, shift, preset=CUSTOM) -> io.NodeOutput:
-        return io.NodeOutput(flow_sigmas(steps, shift) if preset == CUSTOM else find_preset(preset).sigmas())
+    def execute(cls, steps, shift, preset=CUSTOM, denoise=1.0) -> io.NodeOutput:
+        return io.NodeOutput(
+            flow_sigmas(steps, shift, denoise) if preset == CUSTOM else find_preset(preset).sigmas(denoise)
+        )
 
 
 class NavaUniPC(io.ComfyNode):
@@ -187,20 +208,21 @@ class NavaSampler(io.ComfyNode):
                 *step_inputs(),
                 *guidance_inputs(),
                 preset_input("Euler on the conditional prediction alone, whatever is set above."),
+                denoise_input(),
             ],
             outputs=[io.Latent.Output()],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, latent, seed, steps, shift, negative=None, preset=CUSTOM, **settings
+        cls, model, positive, latent, seed, steps, shift, negative=None, preset=CUSTOM, denoise=1.0, **settings
     ) -> io.NodeOutput:
         if preset == CUSTOM:
             guidance = read_guidance(settings, partial(sigma_at, shift=shift))
-            sampler, sigmas = unipc_sampler(), flow_sigmas(steps, shift)
+            sampler, sigmas = unipc_sampler(), flow_sigmas(steps, shift, denoise)
         else:
             run = find_preset(preset)
-            guidance, sampler, sigmas = run.guidance, euler_sampler(), run.sigmas()
+            guidance, sampler, sigmas = run.guidance, euler_sampler(), run.sigmas(denoise)
         guider = make_guider(model, positive, negative, guidance)
         return io.NodeOutput(sample(guider, latent, seed, sampler, sigmas))
 

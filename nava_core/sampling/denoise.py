@@ -8,9 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..explain import is_out_of_memory
+from ..given.masks import clean_steps, kept, made_steps
 from .euler import FlowEuler
 from .guidance import Guidance, Pair
 from .unipc import FlowUniPC
+
+NOTHING_TO_MAKE = (
+    "All of this clip is given, so there is nothing to make: leave a part of its picture or sound out of what is given."
+)
 
 
 class Interrupted(RuntimeError):  # noqa: N818 - it is no error that the caller asked for
@@ -52,8 +57,8 @@ def conditions(
 class Modality:
     """One modality on its way through the loop: noise, whose frames or steps lie along ``steps_dim``.
 
-    ``latent`` is what the clip starts from (zeros where None); ``mask``, broadcastable to it, is 1 where the
-    clip is generated and 0 where ``latent`` is kept.
+    ``latent`` is what the clip starts from (zeros where None); ``mask``, broadcastable to it, is 1 where the clip is
+    made, and CLEAN or NOISED where ``latent`` is kept: see :mod:`nava_core.given.masks`.
     """
 
     noise: torch.Tensor
@@ -66,41 +71,48 @@ class Modality:
         like = {"device": self.noise.device, "dtype": torch.float32}
         latent = torch.zeros((), **like) if self.latent is None else self.latent.to(**like)
         self.latent = latent.expand_as(self.noise)
-        self.mask = None if self.mask is None else self.mask.to(**like).expand_as(self.noise)
+        self.clean = self.made = None  # (B, steps) bool
+        if self.mask is None:
+            return
+        mask = self.mask.to(**like)
+        broadcast = mask.expand_as(self.noise)
+        self.clean, self.made = clean_steps(broadcast, self.steps_dim), made_steps(broadcast, self.steps_dim)
+        self.mask = kept(mask).expand_as(self.noise)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether anything of it is to be made."""
+        return self.made is None or bool(self.made.any())
 
     def start(self, sigma: float) -> torch.Tensor:
         """The sample at the first noise level."""
         return sigma * self.noise + (1.0 - sigma) * self.latent
 
     def known(self, sample: torch.Tensor, sigma: float) -> torch.Tensor:
-        """``sample`` with the given parts as the network is to see them: clean where a whole frame or step is given,
-        at the sample's own noise level where only a part of one is."""
+        """``sample`` with the given parts as the network is to see them: whole clean frames and steps as they are, all
+        else at the sample's own noise level."""
         if self.mask is None:
             return sample
-        given = torch.where(self._whole(), self.latent, self.start(sigma))
+        given = torch.where(self._over_sample(self.clean), self.latent, self.start(sigma))
         return self.mask * sample + (1.0 - self.mask) * given
 
     def keep(self, sample: torch.Tensor) -> torch.Tensor:
-        """``sample`` with the given parts put back, exactly where the mask is 0."""
+        """``sample`` with the given parts put back, exactly where the mask keeps them."""
         if self.mask is None:
             return sample
         return self.mask * sample + (1.0 - self.mask) * self.latent
 
-    def _generated(self) -> torch.Tensor:
-        """(B, steps): whether anything of a frame or audio step is generated."""
-        return self.mask.movedim(self.steps_dim, 1).flatten(2).amax(dim=-1) > 0
-
-    def _whole(self) -> torch.Tensor:
-        """Where whole frames or steps are given, broadcastable to the sample."""
-        shape = [1] * self.noise.ndim
-        shape[0], shape[self.steps_dim] = self.noise.shape[0], self.noise.shape[self.steps_dim]
-        return ~self._generated().reshape(shape)
-
     def timesteps(self, timestep: float) -> torch.Tensor:
-        """(B,), or (B, steps) where some of it is given: frames and audio steps given in full are at 0."""
-        if self.mask is None:
+        """(B,), or (B, steps) where some of it is given: clean frames and audio steps are at 0."""
+        if self.clean is None:
             return torch.full(self.noise.shape[:1], float(timestep), device=self.noise.device)
-        return self._generated().float() * timestep
+        return (~self.clean).float() * timestep
+
+    def _over_sample(self, steps: torch.Tensor) -> torch.Tensor:
+        """(B, steps), broadcastable to the sample."""
+        shape = [1] * self.noise.ndim
+        shape[0], shape[self.steps_dim] = steps.shape
+        return steps.reshape(shape)
 
 
 @torch.no_grad()
@@ -135,9 +147,10 @@ def denoise(
     as sigma_0 * noise + (1 - sigma_0) * latent.
 
     ``video_latent``/``audio_latent`` are what the clip starts from, of the noise's shapes; where
-    ``video_mask`` (B, 1 or 48, T, H, W) or ``audio_mask`` (B, L, 1 or 128) is 0 they are kept unchanged. The network
-    sees whole given frames and audio steps clean, at timestep 0; a given part of one at the noise level of the rest.
-    ``first_frame`` (B or 1, 48, 1, H, W) is short for that at frame 0.
+    ``video_mask`` (B, 1 or 48, T, H, W) or ``audio_mask`` (B, L, 1 or 128) is CLEAN (0) or NOISED they are kept
+    unchanged. The network sees whole CLEAN frames and audio steps as they are, at timestep 0; NOISED ones, and a given
+    part of one, at the noise level of the rest. ``first_frame`` (B or 1, 48, 1, H, W) is short for a CLEAN frame 0.
+    Of a modality that is given whole no guidance is computed.
 
     ``sampler`` makes a solver with ``timesteps`` (steps,) and ``step_denoised(x0, sample)`` from the sigmas.
     ``batch_predictions`` runs predictions that differ in the text only as one batch: faster for short clips, and more
@@ -145,8 +158,8 @@ def denoise(
     asked before every pass. Where a step's passes run out of memory, ``on_out_of_memory()`` is to free some, and says
     whether it could; the step is then made once more, with each prediction apart from there on.
 
-    Raises Interrupted when ``should_stop`` says so, ValueError for inputs that do not fit together,
-    FloatingPointError when the network returns NaN or infinity.
+    Raises Interrupted when ``should_stop`` says so, ValueError for inputs that do not fit together and where all is
+    given, FloatingPointError when the network returns NaN or infinity.
     """
     guidance = Guidance() if guidance is None else guidance
     if video_noise is None and audio_noise is None:
@@ -164,6 +177,10 @@ def denoise(
         should_stop,
     )
     present = [modality for modality in (video, audio) if modality is not None]
+    makes = [modality is not None and modality.is_made for modality in (video, audio)]
+    if not any(makes):
+        raise ValueError(NOTHING_TO_MAKE)
+    guidance = guidance.making(*makes)
     solvers = [sampler(sigmas) for _ in present]
     levels = [float(sigma) for sigma in sigmas]
     steps = len(levels) - 1

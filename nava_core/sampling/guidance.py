@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 PREDICTIONS = ("c", "u", "m", "n")
 TERMS = ("video_text", "video_align", "audio_text", "audio_align", "audio_timbre")
+
+NEVER = (-1.0, -1.0)  # an interval with no noise level in it
 
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 
@@ -83,6 +85,13 @@ class Guidance:
             directions += self.audio_directions(sigma, has_voice, has_video)
         nulls = {direction.null for direction in directions}
         return tuple(name for name in PREDICTIONS if name == "c" or name in nulls)
+
+    def making(self, video: bool, audio: bool) -> Guidance:
+        """The same for a clip of which only these modalities are made: what pushes a given one is dropped, for it would
+        be computed and thrown away. The given one is still there for the other's terms."""
+        given = [name for name, made in (("video", video), ("audio", audio)) if not made]
+        never = {term: NEVER for term in TERMS if term.partition("_")[0] in given}
+        return replace(self, intervals={**self.intervals, **never}) if never else self
 
     def uses_text_null(
         self, sigmas: Sequence[float], has_voice: bool, has_video: bool = True, has_audio: bool = True

@@ -17,14 +17,16 @@ class Preset:
     """How a kind of checkpoint is sampled. ``label`` is its name on the canvas; ``solver`` is made from the sigmas."""
 
     label: str
-    sigmas: Callable[[], torch.Tensor]
+    sigmas: Callable[..., torch.Tensor]  # takes ``denoise``
     solver: Callable[[torch.Tensor], FlowEuler]
     guidance: Guidance
 
 
 PRESETS = {
     # The makers' few-step students (DMD2) have guidance and alignment distilled in.
-    "distilled": Preset("4 steps (distilled)", distilled_sigmas, FlowEuler, CONDITIONAL),
+    "distilled": Preset(
+        "4 steps (distilled)", lambda denoise=1.0: distilled_sigmas(denoise=denoise), FlowEuler, CONDITIONAL
+    ),
 }
 
 

@@ -7,6 +7,7 @@ import torch
 TRAIN_STEPS = 1000
 TRAIN_START = 0.999  # of the unshifted training schedule
 TIMESTEP_SCALE = 1000.0
+WRONG_DENOISE = "denoise is the part of the run that is made anew, above 0 and up to 1; got {:g}."
 DISTILLED_LEVELS = (1.0, 0.75, 0.5, 0.25)  # what few-step students are trained at, before the shift
 
 
@@ -15,25 +16,39 @@ def shift_sigma(sigma, shift: float):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def flow_sigmas(steps: int, shift: float = 5.0) -> torch.Tensor:
+def flow_sigmas(steps: int, shift: float = 5.0, denoise: float = 1.0) -> torch.Tensor:
     """Noise levels of ``steps`` sampling steps, (steps + 1,) fp32, falling, the last one 0.
 
-    The training schedule is already shifted; sampling takes even steps over it and shifts once more.
-    Raises ValueError for fewer than one step or a shift that is not positive.
+    The training schedule is already shifted; sampling takes even steps over it and shifts once more. With ``denoise``
+    below 1 they are the last of a schedule of steps / denoise, which starts part of the way, as for a second pass.
+    Raises ValueError for fewer than one step, a shift that is not positive, and ``denoise`` outside 0..1.
     """
     if steps < 1:
         raise ValueError(f"A schedule needs at least 1 step; got {steps}.")
     if not shift > 0:
         raise ValueError(f"The schedule's shift must be above 0; got {shift}.")
+    if not 0 < denoise <= 1:
+        raise ValueError(WRONG_DENOISE.format(denoise))
+    return _all_sigmas(max(steps, int(steps / denoise)), shift)[-(steps + 1) :]
+
+
+def _all_sigmas(steps: int, shift: float) -> torch.Tensor:
     highest = shift_sigma(torch.tensor(TRAIN_START), shift).item()  # the training schedule is in fp32
     even = torch.linspace(highest, 0.0, steps + 1, dtype=torch.float64)
     return shift_sigma(even, shift).float()
 
 
-def distilled_sigmas(shift: float = 5.0) -> torch.Tensor:
-    """Noise levels of few-step (distilled) checkpoints, (5,) fp32: four, shifted once, from pure noise, and 0."""
+def distilled_sigmas(shift: float = 5.0, denoise: float = 1.0) -> torch.Tensor:
+    """Noise levels of few-step (distilled) checkpoints, (5,) fp32: four, shifted once, from pure noise, and 0.
+
+    With ``denoise`` below 1 as many of the last of them as make up that part of the run, at least one: there are no
+    others that such a checkpoint was trained at.
+    """
+    if not 0 < denoise <= 1:
+        raise ValueError(WRONG_DENOISE.format(denoise))
     levels = torch.tensor([*DISTILLED_LEVELS, 0.0], dtype=torch.float64)
-    return shift_sigma(levels, shift).float()
+    left = max(1, round(denoise * len(DISTILLED_LEVELS)))
+    return shift_sigma(levels, shift).float()[-(left + 1) :]
 
 
 def sigma_at(part: float, shift: float = 5.0) -> float:

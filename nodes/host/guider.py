@@ -73,7 +73,7 @@ class NavaGuider(comfy.samplers.CFGGuider):
         gone = absent_parts(shapes)
         sigma = float(timestep.flatten()[0])
         has_video, has_audio = not gone[0], len(gone) > 1 and not gone[1]
-        guidance = self._guidance(has_video and has_audio)
+        guidance = self._guidance(has_video and has_audio).making(*model.made)
         needed = guidance.needed(sigma, self.has_voice, has_video, has_audio)
         conds = [self.conds[PREDICTIONS[name]] for name in needed]
         predictions = comfy.samplers.calc_cond_batch(model, conds, x, timestep, model_options)

@@ -47,6 +47,8 @@ from ...nava_core.geometry import (
     audio_tokens_to_latent,
     frames_of_latents,
 )
+from ...nava_core.given import clean_steps, is_given, kept
+from ...nava_core.sampling.denoise import NOTHING_TO_MAKE
 from . import out_of_memory
 from .compiled import compiled_blocks
 from .kernels import HOST_KERNELS
@@ -201,7 +203,8 @@ class NavaModel(comfy.model_base.BaseModel):
         self._run = None  # RunSize of the run under way, set by outer_sample too
         self._one_by_one = False  # memory ran out in this run: predictions are no longer batched
         self._cache_named = False  # the warning of a step cache was given
-        self._clean = None  # packed mask of wholly given frames and steps of the run under way
+        self._clean = None  # packed mask of the clean frames and steps of the run under way
+        self.made = (True, True)  # whether anything of picture and sound is made in the run under way
 
     # ------------------------------------------------------------ conditions
 
@@ -226,9 +229,10 @@ class NavaModel(comfy.model_base.BaseModel):
         if len(shapes) > 1:
             out["latent_shapes"] = comfy.conds.CONDConstant(shapes)
         if kwargs.get("denoise_mask") is not None:
-            masks = comfy.utils.unpack_latents(kwargs["denoise_mask"], shapes)
+            shown = kwargs["denoise_mask"] if self._clean is None else (~self._clean).float()
+            masks = comfy.utils.unpack_latents(shown, shapes)
             for name, mask in zip(("video_steps", "audio_steps"), masks, strict=False):
-                out[name] = comfy.conds.CONDRegular(_generated_steps(mask).to(device))
+                out[name] = comfy.conds.CONDRegular((~clean_steps(mask, 2)).float().to(device))
         if self._tokens(kwargs["noise"].shape) > BATCH_TOKENS or self.diffusion_model.compiled is not None:
             out["prediction"] = comfy.conds.CONDConstant(kwargs.get("prompt_type"))
         return out
@@ -262,7 +266,7 @@ class NavaModel(comfy.model_base.BaseModel):
         return cond_value if cond_key in ours else None
 
     def scale_latent_inpaint(self, sigma, noise, latent_image, **kwargs):
-        """The given part as the network sees it: clean where a frame or step is given whole, else noised."""
+        """The given part as the network sees it: clean frames and steps as they are, all else noised."""
         noised = super().scale_latent_inpaint(sigma=sigma, noise=noise, latent_image=latent_image, **kwargs)
         return noised if self._clean is None else torch.where(self._clean.to(noised.device), latent_image, noised)
 
@@ -452,11 +456,6 @@ def _what_clip(shapes) -> str:
     return f"{size}, {frames_of_latents(shapes[0][2]) / FPS:.1f} s{'' if audio else ' with sound'}{batch}"
 
 
-def _generated_steps(mask):
-    """(B, C, steps, ...) noise mask -> (B, steps): 0 where all of a frame or step is given, else 1."""
-    return (mask.movedim(2, 1).flatten(2).amax(-1) > 0).float()
-
-
 def outer_sample(
     executor,
     noise,
@@ -481,6 +480,11 @@ def outer_sample(
     model._run = RunSize(tuple(shapes), max(1, predictions), denoise_mask is not None)
     given = _given_values(shapes, latent_image, denoise_mask)
     model._clean = _clean_values(shapes, denoise_mask)
+    model.made = _made_parts(shapes, denoise_mask)
+    if not any(model.made):
+        raise ValueError(NOTHING_TO_MAKE)
+    if denoise_mask is not None:
+        denoise_mask = kept(denoise_mask)
     if callback is not None and len(shapes) > 1 and not host_unpacks():
         callback = video_first(callback, shapes)
     model.diffusion_model.compiled = compiled_blocks(executor.class_obj.model_options)
@@ -489,6 +493,7 @@ def outer_sample(
         output = _run_twice(executor, model, lambda: executor(*settings, latent_shapes=latent_shapes))
     finally:
         model._clean = model._run = model.diffusion_model.compiled = None
+        model.made = (True, True)
         model._one_by_one = False
     return output if given is None else torch.where(given.to(output.device), latent_image.to(output), output)
 
@@ -516,19 +521,28 @@ def _given_values(shapes, latent_image, denoise_mask):
     gone = absent_parts(shapes)
     if denoise_mask is None and not any(gone):
         return None
-    kept = torch.zeros_like(latent_image, dtype=torch.bool) if denoise_mask is None else denoise_mask.cpu() == 0
-    parts = comfy.utils.unpack_latents(kept.cpu(), shapes)
+    given = torch.zeros_like(latent_image, dtype=torch.bool) if denoise_mask is None else is_given(denoise_mask)
+    parts = comfy.utils.unpack_latents(given.cpu(), shapes)
     parts = [torch.ones_like(part) if missing else part for part, missing in zip(parts, gone, strict=True)]
     return comfy.utils.pack_latents(parts)[0] if len(parts) > 1 else parts[0]
 
 
+def _made_parts(shapes, denoise_mask):
+    """Of picture and sound, whether anything of them is made."""
+    gone = (*absent_parts(shapes), True)[:2]
+    if denoise_mask is None:
+        return tuple(not absent for absent in gone)
+    masks = [*comfy.utils.unpack_latents(denoise_mask, shapes), None][:2]
+    return tuple(not absent and not bool(is_given(mask).all()) for absent, mask in zip(gone, masks, strict=True))
+
+
 def _clean_values(shapes, denoise_mask):
-    """Where whole frames and audio steps are given, in the (packed) shape; None without a mask."""
+    """Where whole frames and audio steps are given clean, in the (packed) shape; None without a mask."""
     if denoise_mask is None:
         return None
     parts = []
     for mask in comfy.utils.unpack_latents(denoise_mask, shapes):
-        steps = _generated_steps(mask) == 0
+        steps = clean_steps(mask, 2)
         steps = steps.reshape(steps.shape[0], 1, -1, *[1] * (mask.ndim - 3))
         parts.append(steps.expand_as(mask))
     return comfy.utils.pack_latents(parts)[0] if len(parts) > 1 else parts[0]
