@@ -139,11 +139,12 @@ def clip_frames(
         return
     if originals.has_all_frames:
         components.say("The picture is the given one: nothing of it is decoded.")
-        total = frames_of_latents(latents.video.shape[2])
+        total = len(originals.frames)
         for first in range(0, total, GIVEN_AT_ONCE):
             if step is not None:
                 step(first, total)
-            yield originals.put_frames(None, first)[:GIVEN_AT_ONCE]
+            frames = originals.frames[first : first + GIVEN_AT_ONCE]
+            yield frames.float() / 255 if frames.dtype is torch.uint8 else frames.float()
         return
     done = 0
     with closing(stream_video(components, latents.video, decoding, step)) as parts:
