@@ -127,9 +127,7 @@ class Given:
                 "it out, or choose another mode."
             )
         if mode == "video" and self.sound is not None:
-            raise ValueError(
-                "A sound was given for a clip of picture alone: leave it out, or choose another mode."
-            )
+            raise ValueError("A sound was given for a clip of picture alone: leave it out, or choose another mode.")
         if self.frames is not None and len(pictures) > 1:
             raise ValueError("Give a video or single pictures, and not both: both would be the clip's picture.")
         if self.image is not None and any(time != END and float(time) == 0 for time in self.pictures):
@@ -139,7 +137,9 @@ class Given:
         if self.sound_rest not in RESTS:
             raise ValueError(f"The rest of a given sound is {' or '.join(RESTS)}; got {self.sound_rest!r}.")
         if not 0 < self.denoise <= 1:
-            raise ValueError(f"denoise is the part of the run that is made anew, above 0 and up to 1; got {self.denoise:g}.")
+            raise ValueError(
+                f"denoise is the part of the run that is made anew, above 0 and up to 1; got {self.denoise:g}."
+            )
         self._check_passes(mode)
 
     def _check_passes(self, mode: str) -> None:
@@ -513,7 +513,7 @@ class _Collected:
                 at=given.sound_at,
                 rest=given.sound_rest,
             )
-        self.notes += self.sound.notes
+        self.notes += [f"The given sound: {note[:1].lower()}{note[1:]}" for note in self.sound.notes]
         self.audio_mask = self.sound.steps(self.geometry.audio_tokens, given.shown)[None, :, None]
 
     def ready(self, given: Given) -> ReadyParts:
