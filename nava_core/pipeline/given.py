@@ -35,6 +35,7 @@ from ..given.sound import RESTS, GivenSound, fit_sound
 from ..given.stretch import place_pictures
 from ..media import read_audio
 from ..sampling.denoise import NOTHING_TO_MAKE
+from ..sampling.schedule import WRONG_DENOISE
 from ..video_files import read_video
 from . import stages
 from .latents import ClipLatents

@@ -88,7 +88,8 @@ class ClipLatents:
     def save(self, path: str | os.PathLike) -> Path:
         """Write a safetensors file, fp32, whole or not at all; returns the path.
 
-        A given sound is in it; given frames are not: see ``not_kept``. Raises NonFiniteError for NaN or infinity, FileNotFoundError for a folder that is not there.
+        A given sound is in it; given frames are not: see ``not_kept``. Raises NonFiniteError for NaN or infinity,
+        FileNotFoundError for a folder that is not there.
         """
         from safetensors.torch import save_file
 
