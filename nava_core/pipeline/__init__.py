@@ -19,6 +19,7 @@ from ..decoding import Decoding
 from .clip import Clip
 from .devices import check_memory, choose_device
 from .files import KINDS, NAMES, VAES, ModelFiles, find_model_files
+from .given import Retake
 from .latents import ClipLatents, LatentsError
 from .memory import Components
 from .pipeline import ClipDecoder, NavaPipeline
@@ -36,6 +37,7 @@ __all__ = [
     "LatentsError",
     "ModelFiles",
     "NavaPipeline",
+    "Retake",
     "Voice",
     "check_memory",
     "choose_device",
