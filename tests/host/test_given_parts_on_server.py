@@ -168,7 +168,8 @@ def test_stock_nodes_on_parts_of_a_clip_with_given_parts(comfy, recording, pictu
     moved in time are not put back where they were."""
     clip = Clip(comfy)
     image = clip.add("LoadImage", image=picture)
-    given = clip.given_sound(clip.given_frames(clip.latent(width=64, height=32), image, "at the end"), recording[0])
+    four = clip.add("RepeatImageBatch", image=image, amount=4)
+    given = clip.given_sound(clip.given_frames(clip.latent(width=64, height=32), four, "at the end"), recording[0])
     made = clip.nava_sampler(given)
     video, audio = clip.stock_split(made)
     black = clip.add("SolidMask", value=0.0, width=64, height=32)
@@ -184,7 +185,6 @@ def test_stock_nodes_on_parts_of_a_clip_with_given_parts(comfy, recording, pictu
                        samples2=clip.add("LatentCut", samples=video, dim="t", index=0, amount=3))  # fmt: skip
     clip.save_frames(clip.graph.frames(made, clip.vae), "whole")
     clip.save_frames(clip.graph.frames(swapped, clip.vae), "swapped")
-    clip.save_frames(image, "picture")
     found = clip.run()
     before, after = found["before_video"], found["after_video"]
     assert torch.equal(before[..., 2:], after[..., 2:])
@@ -200,7 +200,7 @@ def test_a_second_pass_by_splitting_the_schedule(comfy, picture):
     image = clip.add("LoadImage", image=picture)
     still = clip.add("RepeatImageBatch", image=image, amount=FRAMES)
     start = clip.given_frames(clip.latent(width=96, height=64), still, use="start from them")
-    given = clip.given_frames(start, image, "at the end")
+    given = clip.given_frames(start, clip.add("RepeatImageBatch", image=image, amount=4), "at the end")
     low = clip.add("SplitSigmasDenoise", sigmas=clip.add("NavaSigmas", steps=4, shift=5.0), denoise=0.25)
     late = clip.stock_sampler(given, sigmas=clip.graph.of(low, 1))
     clip.graph.save_latents(given, "start")
