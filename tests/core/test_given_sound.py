@@ -1,4 +1,4 @@
-"""Recordings laid into a clip: sample for sample, where they belong, said what became of them; joins without a click."""
+"""Recordings laid into a clip: sample for sample, and said what became of them; joins without a click."""
 
 import math
 
