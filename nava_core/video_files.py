@@ -19,9 +19,10 @@ from .given.frames import fit_frames
 from .media import CHUNK, FRAMES_STAGE, Target, check_finite, existing_file, read_audio, whole_file
 
 # FFmpeg's numbers of matrices: what is not in here, or not said, is BT.709 in HD and BT.601 below.
-MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
+MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # to swscale's
 HD_HEIGHT = 720
 FULL_RANGE = 2
+HDR_TRANSFERS = (16, 18)  # PQ and HLG
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ def read_video(
             fps = stream.average_rate or stream.guessed_rate or Fraction(FPS)
             frames, times, own = _decoded_frames(container, stream, fps, max_seconds, size)
             sound_start = _start(container.streams.audio[0]) if container.streams.audio else None
-            told = stream.frames
+            told, is_hdr = stream.frames, stream.codec_context.color_trc in HDR_TRANSFERS
     except av.FFmpegError as error:
         raise ValueError(f"Cannot read {path.name} as video: {error.strerror or error}.") from error
     if not frames:
@@ -72,10 +73,12 @@ def read_video(
     notes = []
     if max_seconds is None and len(frames) < told:
         notes.append(f"Only {len(frames)} of the {told} frames that {path.name} tells of are in it: it may be cut off.")
+    if is_hdr:
+        notes.append(f"{path.name} is HDR and was read as it is, so that it looks pale: make an SDR copy of it first.")
     order = _even_order(times, fps)
     if order is not None:
         notes.append(f"The frames of {path.name} come unevenly: they were read at {float(fps):.4g} a second.")
-    frames = torch.stack(frames if order is None else [frames[index] for index in order])
+    frames = _stacked(frames, order)
     waveform, rate = None, 0
     if sound_start is not None:
         limit = float(len(frames) / fps) if max_seconds is None else max_seconds
@@ -119,7 +122,8 @@ def _rgb(frame) -> torch.Tensor:
     if frame.format.is_rgb:
         return torch.from_numpy(frame.to_ndarray(format="rgb24").copy())
     usual = Colorspace.ITU709 if frame.height >= HD_HEIGHT else Colorspace.ITU601
-    matrix = Colorspace(MATRICES.get(int(frame.colorspace), int(usual)))
+    known = {int(matrix): matrix for matrix in Colorspace}  # of older PyAV without BT.2020
+    matrix = known.get(MATRICES.get(int(frame.colorspace)), usual)
     is_full = int(frame.color_range) == FULL_RANGE or frame.format.name.startswith("yuvj")
     rgb = frame.reformat(
         format="rgb24",
@@ -149,6 +153,16 @@ def _even_order(times: list[float], fps: Fraction) -> list[int] | None:
             at += 1
         order.append(at)
     return order
+
+
+def _stacked(frames: list[torch.Tensor], order: list[int] | None) -> torch.Tensor:
+    """(F, H, W, 3) of a list's frames, which it is emptied of: a long video is never in memory twice."""
+    if order is not None:
+        return torch.stack([frames[index] for index in order])
+    stacked = torch.empty(len(frames), *frames[0].shape, dtype=frames[0].dtype)
+    for index in range(len(frames)):
+        stacked[index], frames[index] = frames[index], None
+    return stacked
 
 
 def _start(stream) -> float:

@@ -29,6 +29,7 @@ from nava_core.components.video_vae import diffusers_name, video_vae_config
 from nava_core.decoding import DecodeForm
 from nava_core.demo import AUDIO_CONFIG, TEXT_DIM, make_small_models
 from nava_core.explain import TooLittleMemoryError, explain
+from nava_core.timbre import resample as resampling
 from nava_core.timbre.resample import find_torchaudio
 
 diffusers = pytest.importorskip("diffusers", reason="the standalone VAEs need diffusers")
@@ -244,6 +245,13 @@ def test_encoding_hears_what_is_missing_as_silence_and_leaves_out_what_is_too_mu
     for wrong in (sound[None], sound[:, :1000]):
         with pytest.raises(ValueError, match=r"Sound of at least 0[.]1 s"):
             audio_vae.encode(wrong, 48_000, 5)
+
+
+def test_encoding_needs_no_torchaudio(audio_vae, monkeypatch):
+    sound = 0.1 * noise(2, 44_100)
+    latent = audio_vae.encode(sound, 44_100, 26)
+    monkeypatch.setattr(resampling, "find_torchaudio", lambda: None)
+    assert torch.allclose(audio_vae.encode(sound, 44_100, 26), latent, atol=1e-4)
 
 
 def test_sound_goes_through_the_encoder_as_its_statistics_say(models, audio_vae):

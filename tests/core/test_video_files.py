@@ -8,6 +8,7 @@ import sys
 import time
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,6 +90,36 @@ def test_colours_are_those_that_the_file_says(tmp_path):
     frames = colours[:, None, None, :].expand(-1, 32, 32, 3)
     mux(tmp_path / "clip.mp4", frames, crf=1)
     assert (read_video(tmp_path / "clip.mp4").frames.float() / 255 - frames).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_small_videos_that_say_nothing_of_their_colours_are_bt_601(tmp_path, is_full):
+    """Red is 81 in BT.601 of limited range and 76 of full range; in BT.709 these levels would be orange or pink."""
+    luma, blue, red = (76, 85, 255) if is_full else (81, 90, 240)
+    planes = np.concatenate([np.full(32 * 32, luma), np.full(16 * 16, blue), np.full(16 * 16, red)])
+    with av.open(str(tmp_path / "plain.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        if is_full:
+            stream.codec_context.color_range = 2
+        frame = av.VideoFrame.from_ndarray(planes.astype("uint8").reshape(48, 32), format="yuv420p")
+        frame.pts, frame.time_base, frame.color_range = 0, Fraction(1, 24), 2 if is_full else 1
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    read = read_video(tmp_path / "plain.mkv").frames[0].float()
+    assert (read - torch.tensor([255.0, 0, 0])).abs().max() <= 3
+
+
+def test_hdr_is_said(tmp_path):
+    with av.open(str(tmp_path / "bright.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.color_trc = 18
+        frame = av.VideoFrame.from_ndarray(to_levels(corners()).numpy(), format="rgb24").reformat(format="yuv420p")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (note,) = read_video(tmp_path / "bright.mp4").notes
+    assert note.startswith("bright.mp4 is HDR")
 
 
 @pytest.mark.parametrize(
