@@ -24,6 +24,7 @@ from nava_core.components import (  # noqa: E402
     normalize_video,
 )
 from nava_core.components.video_vae import diffusers_name, video_vae_config  # noqa: E402
+from nava_core.geometry import audio_latents_of_frames  # noqa: E402
 from nava_core.pipeline import ModelFiles, NavaPipeline  # noqa: E402
 from nava_core.prompt import negative_text  # noqa: E402
 
@@ -105,6 +106,24 @@ def test_audio_vaes_agree(small_models):
     ours = load_audio_vae(small_models["audio_vae"])
     assert ours.sample_rate == theirs["sample_rate"]
     assert difference(ours.decode(latent), theirs["waveform"]) < COMPONENT
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 2), (48_000, 2), (44_100, 1), (24_000, 6), (22_050, 2)])
+def test_audio_vaes_hear_the_same(small_models, rate, channels):
+    """A clip of 25 frames, with pauses; the host gives a step more for some lengths, which a clip has no place for."""
+    sound = 0.2 * noise(channels, round(25 / 24 * rate))
+    sound[:, rate // 4 : rate // 2] = 0
+    sound[:, rate // 2 : 3 * rate // 4] *= 0.01
+    steps = audio_latents_of_frames(25)
+    with torch.inference_mode():
+        host = host_audio.load_audio_vae(small_models["audio_vae"])
+        theirs = host_audio.encode_audio(host, {"waveform": sound[None], "sample_rate": rate})[:, :, :steps]
+    ours = load_audio_vae(small_models["audio_vae"])
+    latent = ours.encode(sound, rate, steps)
+    assert latent.shape == (1, 8, steps, 16)
+    assert difference(latent, theirs) < (COMPONENT if rate == 16_000 else 10 * COMPONENT)
+    assert float((latent - ours.encode(0 * sound, rate, steps)).abs().max()) > 0.1
+    assert difference(ours.encode(sound, rate, steps - 5), theirs[:, :, :-5]) < 10 * COMPONENT
 
 
 # --- whole clips -------------------------------------------------------------------------------------------------
