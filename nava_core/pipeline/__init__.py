@@ -23,11 +23,14 @@ from .given import Retake
 from .latents import ClipLatents, LatentsError
 from .memory import Components
 from .pipeline import ClipDecoder, NavaPipeline
+from .segment_state import StateError
+from .segments import SEGMENT_SECONDS, LongClip
 from .stages import Voice, clip_geometry, clip_noise, default_guidance, fit_picture
 
 __all__ = [
     "KINDS",
     "NAMES",
+    "SEGMENT_SECONDS",
     "VAES",
     "Clip",
     "ClipDecoder",
@@ -35,9 +38,11 @@ __all__ = [
     "Components",
     "Decoding",
     "LatentsError",
+    "LongClip",
     "ModelFiles",
     "NavaPipeline",
     "Retake",
+    "StateError",
     "Voice",
     "check_memory",
     "choose_device",

@@ -138,9 +138,7 @@ class Given:
         if self.sound_rest not in RESTS:
             raise ValueError(f"The rest of a given sound is {' or '.join(RESTS)}; got {self.sound_rest!r}.")
         if not 0 < self.denoise <= 1:
-            raise ValueError(
-                f"denoise is the part of the run that is made anew, above 0 and up to 1; got {self.denoise:g}."
-            )
+            raise ValueError(WRONG_DENOISE.format(self.denoise))
         self._check_passes(mode)
 
     def _check_passes(self, mode: str) -> None:
@@ -351,7 +349,7 @@ def ready_source(video: VideoFrames, geometry: ClipGeometry) -> ReadyParts:
     parts.put_video(video, is_kept=True)
     given = Given(sound=video.sound)
     if geometry.has_audio:
-        parts.put_sound(given)
+        parts.put_sound(given, is_noted=False)  # it is the video's own, as long as that
     ready = parts.ready(given)
     if ready.makes[0]:
         raise ValueError(
@@ -461,7 +459,7 @@ class _Collected:
         self.notes += video.notes
         if is_kept:
             stretch = place_pictures(count, 0, geometry.frames)
-            self.notes += stretch.notes
+            self.notes += [f"The video: {note[:1].lower()}{note[1:]}" for note in stretch.notes]
             latents, frames = stretch.latents, video.frames[: len(stretch.to_encode)]
         else:
             latents = slice(0, geometry.latent_frames)
@@ -502,7 +500,7 @@ class _Collected:
         self.encodings.append(Encoding(frames, stretch.latents, stretch.skip))
         self.video_mask[:, :, stretch.latents] = self.shown
 
-    def put_sound(self, given: Given) -> None:
+    def put_sound(self, given: Given, is_noted: bool = True) -> None:
         self.sound = given.sound
         if not isinstance(given.sound, GivenSound):
             waveform, rate = given.sound
@@ -514,7 +512,8 @@ class _Collected:
                 at=given.sound_at,
                 rest=given.sound_rest,
             )
-        self.notes += [f"The given sound: {note[:1].lower()}{note[1:]}" for note in self.sound.notes]
+        if is_noted:
+            self.notes += [f"The given sound: {note[:1].lower()}{note[1:]}" for note in self.sound.notes]
         self.audio_mask = self.sound.steps(self.geometry.audio_tokens, given.shown)[None, :, None]
 
     def ready(self, given: Given) -> ReadyParts:

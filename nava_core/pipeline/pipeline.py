@@ -37,6 +37,8 @@ from .given import (
 )
 from .latents import ClipLatents
 from .memory import Components
+from .revise import Source, beginning, refine, retake
+from .segments import LongClip, make_long
 from .stages import Voice, default_guidance
 
 
@@ -269,10 +271,10 @@ class NavaPipeline(ClipDecoder):
         ``negative``: what to stay away from; None for the built-in Chinese terms that suit ``mode``, "zero" for the
         null; where the guidance has no use for it, it is not encoded. ``seconds``, ``width``, ``height`` and ``mode``
         as :class:`ClipGeometry` takes them; ``seconds`` None: 6, or as long as ``frames``, up to 10. ``image``,
-        (H, W, 3) in 0..1 or a file, becomes the first frame: scaled to cover the clip and centre-cropped, the clip taking the
-        trained size nearest to its proportions unless ``size_from_image`` is off, at ``image_scale`` 960 or the smaller
-        640 and 512 (the side of a square of as many pixels). ``voices``: recordings (a file, or waveform and sample
-        rate) or (1, 192) embeddings, bound to the spans by order, or as ``assignment`` says, with a voice's number, or
+        (H, W, 3) in 0..1 or a file, becomes the first frame: scaled to cover the clip and centre-cropped, the clip
+        taking the trained size nearest to its proportions unless ``size_from_image`` is off, at ``image_scale`` 960 or
+        the smaller 640 and 512 (the side of a square of as many pixels). ``voices``: recordings (a file, or waveform
+        and sample rate) or (1, 192) embeddings, bound to the spans by order, or as ``assignment`` says, with a voice's number, or
         None for the null voice, for each span. ``guidance`` None: the makers' scales, which are
         lower for picture text and timbre where there are both an image and a voice. ``preset`` "distilled" is for
         few-step checkpoints: four Euler steps on the conditional prediction alone, in place of ``steps``, ``shift``,
@@ -393,6 +395,53 @@ class NavaPipeline(ClipDecoder):
         parts.prepare(geometry, has_text=False, frames=ready.most_frames, sound_steps=ready.sound_steps)
         start = encode_parts(parts, ready, geometry, lambda: _check_stop(stop))
         return ClipLatents(start.video, start.audio, geometry.duration, warnings=ready.notes, originals=ready.originals)
+
+    def make_long(
+        self,
+        path: str | os.PathLike,
+        prompts: Sequence[str],
+        *,
+        seconds: float,
+        **request,
+    ) -> LongClip:
+        """Make a clip of ``seconds`` in segments and write it to ``path``, an .mp4; each segment begins with the last
+        frame of the one before. See :mod:`.segments` for how.
+
+        ``prompts``: of the segments in their order, the last holding for the rest; voices are bound to speech spans
+        counted through all of them. ``segment``: seconds of one at most, 10. ``hold``: whether the frame that a segment
+        begins with is brought to the "colour" or the "colour and sharpness" of the first segment, or to "nothing".
+        ``state``: the folder that what is finished is kept in, and with which a killed clip goes on, the same as if it
+        had not been; None: one beside ``path`` until the clip is whole. ``anew``: what another clip left in it goes.
+        ``sound`` goes on through all segments. Segment k has the seed ``seed`` + k. All else as for :meth:`denoise`.
+
+        Raises StateError where the folder holds the state of another clip, ValueError for what does not go together,
+        Interrupted when ``should_stop`` says so.
+        """
+        return make_long(self, path, prompts, seconds=seconds, **request)
+
+    def extend(
+        self, path: str | os.PathLike, source: Source, prompts: Sequence[str], *, seconds: float, **request
+    ) -> LongClip:
+        """Let a finished clip go on for ``seconds`` more and write the whole to ``path``; as :meth:`make_long`, of the
+        source's size and with sound where the source has some. ``source``: latents, or their file, which are decoded
+        without a loss; or a video file, which is brought to 24 frames a second and, as a first frame, to a size."""
+        sizes = ("width", "height", "size_from_image", "image_scale")
+        given = {name: request.pop(name) for name in sizes if name in request}
+        first = beginning(self, source, should_stop=request.get("should_stop"), **given)
+        request["mode"] = MODES[2] if first.sound is None else MODES[0]
+        return make_long(self, path, prompts, seconds=seconds, first=first, **request)
+
+    def retake(self, source: Source, prompt: str, span: Retake, **request) -> ClipLatents:
+        """A finished clip with a span of it made again. ``source`` as for :meth:`extend`; what is kept of it comes out
+        as it is there, frame by frame and sample by sample. ``request`` as for :meth:`denoise`."""
+        return retake(self, source, prompt, span, **request)
+
+    def refine(
+        self, source: Source, prompt: str, *, denoise: float, size: tuple[int, int] | None = None, **request
+    ) -> ClipLatents:
+        """A second pass over a finished clip's picture, ``source`` as for :meth:`extend`, its sound being given. At
+        another ``size`` (width, height) its frames are scaled first. ``request`` as for :meth:`denoise`."""
+        return refine(self, source, prompt, denoise=denoise, size=size, **request)
 
 
 def _step(callback: Callable[[int, int], None] | None, should_stop: Callable[[], bool] | None):
