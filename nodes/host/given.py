@@ -149,6 +149,8 @@ def _first_frame(at: float | None, count: int, frames: int) -> int:
 
 def _given_frames(pictures: torch.Tensor, where: slice, frames: int) -> Originals:
     """Originals of a clip of ``frames`` that has these; the memory of the others is never touched."""
+    if len(pictures) == frames:
+        return Originals().with_frames(pictures.cpu())
     pictures = kept_as(pictures)
     clip = torch.zeros(frames, *pictures.shape[1:], dtype=pictures.dtype)
     clip[where] = pictures.cpu()

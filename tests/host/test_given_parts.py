@@ -344,6 +344,19 @@ def test_originals_are_not_put_where_the_latent_is_another(models):
     assert len(frames_of(shorter, models)[0]) == 17
 
 
+def test_given_parts_of_clips_of_one_modality(models):
+    """Sound that goes on after a recording; a picture-only clip, also as the video latent alone."""
+    latent, _, _ = give_sound(empty("audio only"), models, humming(0.4), rest="generated")
+    heard = sound_of(sample(models, latent), models)[0]["waveform"][0]
+    assert torch.equal(heard[:, :17640], humming(0.4)["waveform"][0].expand(len(heard), -1))
+    assert heard[:, 20000:].abs().max() > 0
+    for latent in (empty("video only"), {"samples": parts(empty("video only"))[0]}):
+        given_last, _, _ = give_frames(latent, models, moving(4), "at the end")
+        out = frames_of(sample(models, given_last), models)[0]
+        assert torch.equal(out[21:], moving(4))
+        assert not torch.equal(out[:4], moving(4))
+
+
 # ---------------------------------------------------------------- retakes
 
 

@@ -25,7 +25,7 @@ from nava_core.components import (  # noqa: E402
 )
 from nava_core.components.video_vae import diffusers_name, video_vae_config  # noqa: E402
 from nava_core.geometry import audio_latents_of_frames  # noqa: E402
-from nava_core.pipeline import ModelFiles, NavaPipeline  # noqa: E402
+from nava_core.pipeline import ClipLatents, ModelFiles, NavaPipeline  # noqa: E402
 from nava_core.pipeline.given import Retake  # noqa: E402
 from nava_core.pipeline.stages import read_picture  # noqa: E402
 from nava_core.prompt import negative_text  # noqa: E402
@@ -391,6 +391,34 @@ def test_retakes_agree(comfy, pipeline):
     span = {"start": 0.4, "end": 0.6, "part": "picture and sound"}
     assert_latents_agree(again, host_latents(comfy, "agree_retake", retake=span))
     assert difference(first.video[:, :, 3:5], again.video[:, :, 3:5]) > 10 * LATENTS
+
+
+@pytest.mark.parametrize("hold", ["nothing", "colour"])
+def test_the_second_of_two_segments_agrees(comfy, pipeline, recording, tmp_path, hold):
+    """With a soundtrack through both, which has to be the file's to the sample."""
+    settings = {**SETTINGS, "seconds": 2, "segment": 1, "hold": hold}
+    pipeline.make_long(tmp_path / "long.mp4", [PROMPT], sound=recording, state=tmp_path / "state", **settings)
+    ours = ClipLatents.load(tmp_path / "state" / "001.latents.safetensors")
+
+    graph = Graph()
+    clip, vae, audio_vae = graph.clip(comfy.names), graph.video_vae(comfy.names), graph.audio_vae(comfy.names)
+    model, positive = graph.model({"backbone": "NAVA_calm.safetensors"}), graph.prompt(clip)
+    negative = {"negative": graph.prompt(clip, "", negative_terms=TERMS)}
+    track = graph.add("LoadAudio", audio=recording.name)
+    begun = sound_node(graph, comfy, graph.latent(), recording)
+    first = graph.sampler(model, positive, begun, seed=11, steps=4, **negative)
+    following = graph.add(
+        "NavaContinue", frames=graph.frames(first, vae), latent=graph.latent(), vae=vae, hold=hold, soundtrack=track,
+        audio_vae=audio_vae,
+    )  # fmt: skip
+    graph.save_latents(graph.sampler(model, positive, following, seed=12, steps=4, **negative), f"agree_{hold}")
+    files = comfy.ok(graph).files
+    paths = [next(p for p in files if p.name.startswith(f"agree_{hold}_{part}")) for part in ("video", "audio")]
+    parts = [load_file(path)["latent_tensor"] for path in paths]
+    # A level of 8 bits of the frame that was handed over may be rounded the other way.
+    assert float((ours.video - parts[0]).abs().mean()) < LATENTS
+    assert difference(ours.video, parts[0]) < 10 * LATENTS
+    assert difference(ours.audio, parts[1]) < LATENTS
 
 
 def assert_latents_agree(clip, parts):
