@@ -117,7 +117,7 @@ def test_the_vae_hears_a_cut_recording_go_on_where_the_rest_is_made():
 @pytest.mark.parametrize(("rate", "start"), [(22_000, 0.0), (50_000, 0.0), (192_000, 2.5), (11_111, 2.5)])
 def test_rates_that_aac_does_not_have_are_resampled(rate, start):
     assert rate not in AAC_RATES
-    hertz = 500.0
+    hertz = 500.3  # no whole number of periods in a second
     recording = 0.5 * torch.sin(2 * math.pi * hertz * torch.arange(5 * rate, dtype=torch.float64) / rate).float()[None]
     given = fit_sound(recording, rate, SECONDS, start=start)
     assert given.sample_rate == 48_000

@@ -100,14 +100,25 @@ def test_the_made_part_of_a_retake_fades_over_from_what_was_there():
     """No dip and no jump: the clip's own sound goes on beyond what is kept of it."""
     place = torch.arange(SAMPLES) / RATE * 2 * math.pi
     old, new = (0.5 * torch.sin(100 * place + phase).expand(2, -1) for phase in (0.0, 1.0))
-    originals = Originals().with_sound(old, RATE, [(0.0, 0.4), (0.7, SECONDS)])
+    originals = Originals().with_sound(old, RATE, [(0.0, 0.4025), (0.7025, SECONDS)])
     waveform, _ = originals.put_sound(new, RATE)
-    first, last = round(0.4 * RATE), round(0.7 * RATE)
+    first, last = round(0.4025 * RATE), round(0.7025 * RATE)
     assert torch.equal(waveform[:, :first], old[:, :first])
     assert torch.equal(waveform[:, last:], old[:, last:])
     assert torch.equal(waveform[:, first + FADE + 1 : last - FADE - 1], new[:, first + FADE + 1 : last - FADE - 1])
     assert waveform.diff().abs().max() < 0.012
     assert torch.cat([old[:, :first], new[:, first:]], dim=1).diff().abs().max() > 0.05
+
+
+def test_a_recording_that_is_cut_goes_on_into_the_fade():
+    place = torch.arange(2 * RATE) / RATE * 2 * math.pi
+    recording = 0.5 * torch.cos(100 * place)[None]
+    given = fit_sound(recording, RATE, SECONDS, start=0.5, at=0.25, duration=0.5, rest="generated")
+    waveform, _ = Originals.of_sound(given).put_sound(torch.zeros(2, SAMPLES), RATE)
+    begin, end = RATE // 4, 3 * RATE // 4
+    assert torch.equal(waveform[:, begin:end], recording[:, RATE // 2 : RATE].expand(2, -1))
+    assert waveform.diff().abs().max() < 0.01  # no jump of 0.5 where it begins and ends
+    assert not waveform[:, : begin - FADE - 1].any()
 
 
 def test_a_given_span_keeps_its_own_rate_and_mono_becomes_stereo():
