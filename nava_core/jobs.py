@@ -305,7 +305,8 @@ def make_job(
 
     ``voices``: one for all spans, or one a span, None where a span gets the learned null voice; with ``bindings``
     {span: voice}, both counted from 0, in any number; spans are counted through ``prompt`` and ``then``. A clip with a
-    given video is as long as that where ``seconds`` is None. Raises LineError or another ValueError with the sentence to show.
+    given video is as long as that where ``seconds`` is None. Raises LineError or another ValueError with the sentence
+    to show.
     """
     mode, size = mode or defaults.mode, size or defaults.size
     given = given or GivenFiles()

@@ -62,9 +62,10 @@ id|words of the recording|recording|words to say, and a WAV of these words in th
 Files are sought beside FILE, then in the working directory. Options below hold for lines that say nothing else. A line
 that cannot be used or fails is recorded and the rest goes on. Run the same command again to go on after an
 interruption or a repair: what is finished is skipped, a changed line is made again, and a clip of which the latents
-were kept is finished from them; one of several segments goes on after the last stage that was finished. A line with the same content as an earlier one is not made twice: it refers to that
-clip, or gets a link to it under its own id. A --lora holds for all lines and is part of their content. The models,
---device and --dtype are not: clips of other models belong in another folder, or --remake.
+were kept is finished from them; one of several segments goes on after the last stage that was finished. A line with
+the same content as an earlier one is not made twice: it refers to that clip, or gets a link to it under its own id. A
+--lora holds for all lines and is part of their content. The models, --device and --dtype are not: clips of other
+models belong in another folder, or --remake.
 
 FOLDER gets the clips, report.jsonl (every line's fate as it happens) and summary.json (all lines of the last run)."""
 

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def finish(pipeline: Any, make: Callable[..., Any], target: Path, kept: Path | None, progress: Progress) -> int:
-    """Has a clip's latents made by ``make(callback=...)``, and writes these, where they are to be kept, and the clip."""
+    """Has a clip's latents made by ``make(callback=...)``; writes these, where they are to be kept, and the clip."""
     progress.begin("Denoising")
     try:
         latents = make(callback=progress.step)
