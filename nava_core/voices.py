@@ -36,7 +36,9 @@ from .timbre.redimnet import ReDimNet
 SUFFIX = ".safetensors"
 FORMAT, VERSION = "nava_voice", 1
 MAX_FILE = 64 * 2**10  # bytes; a voice takes about one kilobyte
+MAX_READ = 600.0  # seconds read of a recording from where its part begins; 30 of them are used
 MAX_NAME = 120  # bytes; file systems allow 255, and an ending and a number come behind it
+MAX_SHOWN_NAME = 2 * MAX_NAME  # of a voice that is called otherwise than its file
 MAX_BLEND = 16
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 SHOWN = 8  # characters of a fingerprint in a sentence
@@ -90,7 +92,9 @@ class SavedVoice:
     blend: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        _check_facts(self)
+        problem = _problem(self)
+        if problem:
+            raise VoiceError(f"This is no voice that can be used: {problem}.")
         timbre = self.timbre.detach().to("cpu", torch.float32).clone()
         timbre.nava_voice = (self.encoder, self.seconds, self.name, self.blend)  # not itself: that would be a circle
         object.__setattr__(self, "timbre", timbre)
@@ -150,7 +154,7 @@ class SavedVoice:
         try:
             return cls(timbre, **facts)
         except VoiceError as error:
-            raise VoiceError(f"{info.path.name} is no voice that can be used: {error}") from None
+            raise VoiceError(f"{info.path.name}: {error}") from None
 
 
 def voice_problem(info: FileInfo) -> str | None:
@@ -237,8 +241,8 @@ def _shares(voices: Sequence[SavedVoice], weights: Sequence[float]) -> list[floa
         raise VoiceError(f"{len(voices)} voices are to be blended by {len(weights)} weights: give one for each.")
     if not 2 <= len(voices) <= MAX_BLEND:
         raise VoiceError(f"A blend is of 2 to {MAX_BLEND} voices; got {len(voices)}.")
-    total = math.fsum(weights)
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not 0 < total < math.inf:
+    total = sum(weights)
+    if not all(weight >= 0 for weight in weights) or not 0 < total < math.inf:
         raise VoiceError("The weights of a blend are numbers from 0, and not all of them 0.")
     return [weight / total for weight in weights]
 
@@ -314,20 +318,22 @@ def _loaded(path: Path) -> SavedVoice | None:
 # ---------------------------------------------------------------- checks
 
 
-def _check_facts(voice: SavedVoice) -> None:
-    if tuple(voice.timbre.shape) != (1, EMBEDDING_SIZE) or not voice.timbre.is_floating_point():
-        raise VoiceError(f"its timbre is {tuple(voice.timbre.shape)}, not (1, {EMBEDDING_SIZE}) numbers.")
-    if not bool(voice.timbre.isfinite().all()) or not bool(voice.timbre.any()):
-        raise VoiceError("its timbre is not of finite numbers, or nothing but zeros.")
-    if not FINGERPRINT.fullmatch(voice.encoder):
-        raise VoiceError("it does not say which speaker encoder made it.")
-    if not math.isfinite(voice.seconds) or voice.seconds < 0:
-        raise VoiceError("it does not say how long its recording was.")
+def _problem(voice: SavedVoice) -> str | None:
+    """What cannot be a voice's, as a phrase; None where all can."""
     names = [voice.name, *(name for name, _ in voice.blend)]
-    if not all(name.isprintable() and len(name.encode()) <= 2 * MAX_NAME for name in names):
-        raise VoiceError("its name is too long, or has signs in it that cannot be shown.")
+    if tuple(voice.timbre.shape) != (1, EMBEDDING_SIZE) or not voice.timbre.is_floating_point():
+        return f"its timbre is {tuple(voice.timbre.shape)}, not (1, {EMBEDDING_SIZE}) numbers"
+    if not bool(voice.timbre.isfinite().all()) or not bool(voice.timbre.any()):
+        return "its timbre is not of finite numbers, or nothing but zeros"
+    if not FINGERPRINT.fullmatch(voice.encoder):
+        return "it does not say which speaker encoder made it"
+    if not math.isfinite(voice.seconds) or voice.seconds < 0:
+        return "it does not say how long its recording was"
+    if not all(name.isprintable() and len(name.encode()) <= MAX_SHOWN_NAME for name in names):
+        return "its name is too long, or has signs in it that cannot be shown"
     if len(voice.blend) > MAX_BLEND or not all(0 < share <= 1 for _, share in voice.blend):
-        raise VoiceError("the shares that it is blended of are not from 0 to 1.")
+        return "the shares that it is blended of are not from 0 to 1"
+    return None
 
 
 def _facts(info: FileInfo) -> dict[str, Any]:
