@@ -132,7 +132,7 @@ class SavedVoice:
         path = Path(path)
         if path.suffix != SUFFIX:
             raise VoiceError(f"A voice is kept as safetensors: name its file {path.stem}{SUFFIX}.")
-        if path.is_dir() or (path.exists() and not overwrite):
+        if path.is_dir() or (os.path.lexists(path) and not overwrite):
             raise FileExistsError(f"{path.name} is already there: choose another name, or say that it may be replaced.")
         facts = {"name": self.name, "seconds": self.seconds, "encoder": self.encoder, "blend": self.blend}
         metadata = {"format": FORMAT, "version": str(VERSION), "voice": json.dumps(facts)}

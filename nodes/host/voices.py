@@ -49,8 +49,8 @@ def save_voice(timbre: torch.Tensor, name: str, existing: str) -> str:
 
 
 def load_voice(file: str, encoder=None) -> tuple[torch.Tensor, str]:
-    """(timbre (1, 192), report) of a saved voice. Raises VoiceError for one of another speaker encoder than ``encoder``,
-    and what loading raises for a file that is no voice."""
+    """(timbre (1, 192), report) of a saved voice. Raises VoiceError for one that another speaker encoder than
+    ``encoder`` made, and ValueError for a file that is no voice."""
     voice = SavedVoice.load(voice_path(file))
     if encoder is None:
         return voice.timbre, f"{voice.summary} (not compared: connect a speaker encoder for that)"
@@ -60,10 +60,8 @@ def load_voice(file: str, encoder=None) -> tuple[torch.Tensor, str]:
 
 def blend_timbres(timbres: Sequence[torch.Tensor | None], weights: Sequence[float]) -> tuple[torch.Tensor, str]:
     """(timbre (1, 192), report) between the timbres that are there."""
-    given = [
-        (known_voice(timbre), weight) for timbre, weight in zip(timbres, weights, strict=True) if timbre is not None
-    ]
-    blend = blend_voices([voice for voice, _ in given], [weight for _, weight in given])
+    given = [pair for pair in zip(timbres, weights, strict=True) if pair[0] is not None]
+    blend = blend_voices([known_voice(timbre) for timbre, _ in given], [weight for _, weight in given])
     return blend.timbre, blend.summary
 
 
