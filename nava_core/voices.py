@@ -42,7 +42,7 @@ MAX_SHOWN_NAME = 2 * MAX_NAME  # of a voice that is called otherwise than its fi
 MAX_BLEND = 16
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 SHOWN = 8  # characters of a fingerprint in a sentence
-OPPOSITE = 1e-3  # length of the mean of unit vectors below which they have no direction in common
+OPPOSITE = 1e-3  # length of a mean of unit vectors that has no direction, and what a cosine of -1 may differ by
 BLEND_STEPS = 100
 
 _NOT_IN_NAMES = re.compile(r'[\\/:*?"<>|]')
@@ -253,7 +253,7 @@ def _between(timbres: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
     lengths = timbres.double().norm(dim=1, keepdim=True)
     directions = timbres.double() / lengths
     mean = (weights * directions).sum(dim=0)
-    if mean.norm() < OPPOSITE:
+    if mean.norm() < OPPOSITE or bool((directions @ mean < (OPPOSITE - 1) * mean.norm()).any()):
         raise VoiceError("These voices are opposite to each other, so that none is between them: change the weights.")
     point = mean / mean.norm()
     for _ in range(BLEND_STEPS):
