@@ -45,7 +45,7 @@ def save_voice(timbre: torch.Tensor, name: str, existing: str) -> str:
     folder = folder_paths.get_folder_paths(FOLDER)[0]
     replace = existing == REPLACE
     path, voice = save_in_folder(known_voice(timbre), folder, name, replace=replace)
-    return f"{voice.summary}. It is models/{FOLDER}/{path.name}, for NAVA Load Timbre."
+    return f"{voice.summary}. It is {path.name} in the folder {FOLDER}, for NAVA Load Timbre."
 
 
 def load_voice(file: str, encoder=None) -> tuple[torch.Tensor, str]:
