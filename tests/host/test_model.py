@@ -22,6 +22,7 @@ host_latents = pack_module("nodes.host.latents")
 sampling = pack_module("nava_core.sampling")
 checkpoint = pack_module("nava_core.checkpoint")
 geometry = pack_module("nava_core.geometry")
+given = pack_module("nava_core.given")
 
 STEPS = 4
 SEED = 11
@@ -159,25 +160,99 @@ def test_a_pass_under_the_host_is_the_cores_pass(patcher, core, context, voice):
     assert_close(host, (ours[0], geometry.audio_tokens_to_latent(ours[1])), 1e-4)
 
 
-def masked_latent():
+def masked_latent(shown=0.0):
     generator = torch.Generator().manual_seed(6)
     clip = latent()
     video, audio = (torch.randn(part.shape, generator=generator) for part in clip["samples"].unbind())
     video_mask, audio_mask = torch.ones(video.shape), torch.ones(audio.shape)
-    video_mask[:, :, 0] = 0  # a whole frame
-    video_mask[:, :, 2, :2] = 0  # a part of another
-    audio_mask[:, :, 3:6] = 0
+    video_mask[:, :, 0] = shown  # a whole frame
+    video_mask[:, :, 2, :2] = shown  # a part of another
+    audio_mask[:, :, 3:6] = shown
     nest = comfy.nested_tensor.NestedTensor
     return {"samples": nest([video, audio]), "noise_mask": nest([video_mask, audio_mask])}
 
 
-def test_given_parts_in_both_loops(patcher, core, context):
-    clip = masked_latent()
+@pytest.mark.parametrize("shown", given.SHOWN.values(), ids=given.SHOWN)
+def test_given_parts_in_both_loops(patcher, core, context, shown):
+    clip = masked_latent(shown)
     guidance = sampling.Guidance()
     host = host_run(patcher, conditioning(context), clip, guidance)
     assert_close(host, core_run(core, patcher, context, clip, guidance))
-    for part, given, mask in zip(host, clip["samples"].unbind(), clip["noise_mask"].unbind(), strict=True):
-        assert torch.equal(part[mask == 0], given[mask == 0])
+    for part, latents, mask in zip(host, clip["samples"].unbind(), clip["noise_mask"].unbind(), strict=True):
+        assert torch.equal(part[mask == shown], latents[mask == shown])
+
+
+@pytest.mark.parametrize("shown", given.SHOWN.values(), ids=given.SHOWN)
+def test_each_given_frame_and_step_is_shown_as_its_mask_says(patcher, context, monkeypatch, shown):
+    """Token by token, what the network gets: timesteps and samples."""
+    seen, run_pass = [], host_model.HostBackbone.run_pass
+
+    def record(self, video, audio, timestep, *args, **kwargs):
+        seen.append((video.clone(), audio.clone(), timestep))
+        return run_pass(self, video, audio, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(host_model.HostBackbone, "run_pass", record)
+    clip = masked_latent(shown)
+    host_run(patcher, conditioning(context), clip, sampling.CONDITIONAL)
+    latents = patcher.model.process_latent_in(clip["samples"]).unbind()
+    noise = comfy.sample.prepare_noise(clip["samples"], SEED).unbind()
+    assert len(seen) == STEPS
+    for (video, audio, (frames, steps)), sigma in zip(seen, sampling.flow_sigmas(STEPS).tolist(), strict=False):
+        at = float(int(1000 * sigma))
+        given_at, level = (0.0, 0.0) if shown == given.CLEAN else (at, sigma)
+        assert frames[0].tolist() == [given_at, *[at] * (frames.shape[1] - 1)]
+        assert steps[0].tolist() == [given_at if 3 <= step < 6 else at for step in range(steps.shape[1])]
+        wanted = level * noise[0] + (1 - level) * latents[0]
+        torch.testing.assert_close(video[:, :, 0], wanted[:, :, 0], atol=1e-5, rtol=1e-5)
+        partly = sigma * noise[0] + (1 - sigma) * latents[0]  # at the level of the rest always
+        torch.testing.assert_close(video[:, :, 2, :2], partly[:, :, 2, :2], atol=1e-5, rtol=1e-5)
+        wanted = geometry.audio_latent_to_tokens(level * noise[1] + (1 - level) * latents[1])
+        torch.testing.assert_close(audio[:, 3:6], wanted[:, 3:6], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("made", ["video", "audio"])
+def test_only_what_is_made_is_guided(patcher, core, context, voice, monkeypatch, made):
+    """With one modality given whole, as in the core's loop, and without the predictions that only it would use."""
+    asked, needed = [], sampling.Guidance.needed
+
+    def record(self, *args, **kwargs):
+        asked.append(needed(self, *args, **kwargs))
+        return asked[-1]
+
+    clip = masked_latent()
+    for name, mask in zip(("video", "audio"), clip["noise_mask"].unbind(), strict=True):
+        mask[:] = 1.0 if name == made else 0.0
+    scales = {"video_text": 3.0, "video_align": 0.0, "audio_text": 2.0, "audio_align": 0.0}
+    guidance = sampling.Guidance(**scales)
+    monkeypatch.setattr(sampling.Guidance, "needed", record)
+    host = host_run(patcher, conditioning(context, voice), clip, guidance)
+    assert set(asked) == {("c", "u") if made == "video" else ("c", "u", "n")}
+    assert_close(host, core_run(core, patcher, context, clip, guidance, voice))
+    assert patcher.model.made == (True, True)  # of the next run nothing is known
+
+
+def test_a_clip_that_is_given_whole_is_refused(patcher, context):
+    clip = masked_latent()
+    for mask, shown in zip(clip["noise_mask"].unbind(), given.SHOWN.values(), strict=True):
+        mask[:] = shown
+    with pytest.raises(ValueError, match="nothing to make"):
+        host_run(patcher, conditioning(context), clip, sampling.Guidance())
+    host_run(patcher, conditioning(context), masked_latent(), sampling.CONDITIONAL)  # and the next one runs
+
+
+def test_a_second_pass_in_both_loops(patcher, core, context, monkeypatch):
+    """NAVA Sampler's denoise: the clip in the latent, noised part of the way, made anew from there."""
+    nodes = pack_module("nodes.sampling")
+    clip = masked_latent()
+    scales = {"alignment": True, "video_text": 3.0, "video_align": 3.0, "audio_text": 2.0, "audio_align": 2.0}
+    ends = {f"{term}_{end}": float(end == "end") for term in ("text", "align", "timbre") for end in ("start", "end")}
+    (out,) = nodes.NavaSampler.execute(
+        patcher, conditioning(context), clip, SEED, STEPS, 5.0, audio_timbre=0.0, denoise=0.4, **scales, **ends
+    ).args
+    sigmas = sampling.flow_sigmas(STEPS, 5.0, 0.4)
+    assert_close(out["samples"].unbind(), core_run(core, patcher, context, clip, sampling.Guidance(), sigmas=sigmas))
+    (stock,) = nodes.NavaSigmas.execute(STEPS, 5.0, denoise=0.4).args
+    assert torch.equal(stock, sigmas)
 
 
 def test_absent_modality_comes_out_as_it_went_in(patcher, context):
