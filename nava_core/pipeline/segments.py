@@ -309,7 +309,10 @@ class _Work:
                 self._segment(segment)
         self._check_stop()
         self._put_together(path)
-        return self._result(path)
+        made = self._result(path)
+        for sentence in made.drift():
+            self.say(sentence)
+        return made
 
     def _segment(self, segment: Segment) -> None:
         begin, end = segment.span
@@ -427,7 +430,6 @@ class _Work:
             start = next(_frames(self.state.path(0, FRAMES)))
             found = seam(before, last if second is None else second, start)
             about["seam"] = asdict(found)
-            self.say(f"Seam {number}: {found.sentence()}")
         write_json(self.state.path(number, DONE), about)
 
     # ------------------------------------------------------------ the whole

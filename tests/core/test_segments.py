@@ -119,11 +119,16 @@ def test_sound_is_joined_within_the_time_of_the_frame_that_two_segments_share(pi
     assert torch.equal(waveform[:, seam + rate // 24 :], parts[1][:, rate // 24 :])
 
 
-def test_drift_is_measured_said_and_kept(pipeline, whole):
+def test_drift_is_measured_said_and_kept(pipeline, whole, monkeypatch):
     made, _, state = whole
     assert len(made.seams) == 1
     (sentence,) = made.drift()
     assert sentence.startswith("Seam 1: ")
+    said = []
+    monkeypatch.setattr(pipeline.components, "say", said.append)
+    pipeline.make_long(state.parent / "clip.mp4", PROMPTS, state=state, **LONG)
+    assert said[0].startswith("2 of 2 segments are there already")
+    assert said[-1] == sentence
     kept = json.loads((state / "001.json").read_text())["seam"]
     assert kept["colour"] == made.seams[0].colour
     assert kept["drift"]["colour"] == made.seams[0].drift.colour
