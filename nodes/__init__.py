@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .decode import DECODE_NODES
+from .given import GIVEN_NODES
 from .latents import LATENT_NODES
 from .loaders import LOADER_NODES
 from .prompt import PROMPT_NODES
@@ -21,6 +22,7 @@ class NavaExtension(ComfyExtension):
             *TIMBRE_NODES,
             *PROMPT_NODES,
             *LATENT_NODES,
+            *GIVEN_NODES,
             *SAMPLING_NODES,
             *DECODE_NODES,
         ]

@@ -25,6 +25,7 @@ from .masks import (
 )
 from .originals import Originals
 from .sound import RESTS, GivenSound, fit_sound, join_sound
+from .stretch import Stretch, chosen, place_pictures
 
 __all__ = [
     "CLEAN",
@@ -37,6 +38,8 @@ __all__ = [
     "Originals",
     "Seam",
     "Statistics",
+    "Stretch",
+    "chosen",
     "clean_steps",
     "fit_frames",
     "fit_sound",
@@ -47,6 +50,7 @@ __all__ = [
     "join_sound",
     "kept",
     "made_steps",
+    "place_pictures",
     "resample_indices",
     "seam",
     "steps_touching",

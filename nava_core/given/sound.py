@@ -205,7 +205,7 @@ def covers(spans: tuple[Span, ...], seconds: float, rate: int) -> bool:
 
 
 def _is_end(end: float, seconds: float, rate: int) -> bool:
-    return end >= seconds - 0.5 / rate
+    return end >= seconds - 1 / rate  # lengths are rounded to whole samples, up or down
 
 
 # ---------------------------------------------------------------- two sounds in a row
