@@ -159,15 +159,19 @@ def add_long_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_long(args: argparse.Namespace, target: Path, progress: Any, make: Any) -> None:
-    """Have a long clip made by ``make(state=..., anew=..., callback=...)``, and say how it drifted."""
+    """Have a long clip made by ``make(state=..., anew=..., callback=...)``, and say how its prompts were used."""
     state = None if args.state is None else writable_folder(args.state, "--state")
     target.parent.mkdir(parents=True, exist_ok=True)
     progress.begin("Denoising")
     try:
         made = make(state=state, anew=args.overwrite, callback=progress.step)
+    except (Exception, KeyboardInterrupt):
+        progress.end()
+        progress.say("The clip is not whole yet. The same command goes on with what is finished of it.")
+        raise
     finally:
         progress.end()
-    for line in (*made.drift(), *made.report.splitlines()):
+    for line in made.report.splitlines():
         progress.say(line)
 
 
