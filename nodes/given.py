@@ -2,16 +2,14 @@
 
 from comfy_api.latest import io
 
+from ..nava_core.given import HOLDS, RESTS, SHOWN
 from .host.given import give_frames, give_sound, retake
 from .host.segments import continue_clip, join_clips
 from .types import category
 
-RESTS = ["silence", "generated"]
-SHOWN = ["clean", "matched noise"]
 PLACES = ["from seconds", "at the end"]
 USES = ["keep", "start from them"]
 PARTS = ["picture and sound", "picture", "sound"]
-HOLDS = ["nothing", "colour", "colour and sharpness"]
 
 
 def seconds_input(name: str, tooltip: str, default: float = 0.0, **options) -> io.Float.Input:
@@ -23,7 +21,7 @@ def seconds_input(name: str, tooltip: str, default: float = 0.0, **options) -> i
 def rest_input(**options) -> io.Combo.Input:
     return io.Combo.Input(
         "rest",
-        options=RESTS,
+        options=list(RESTS),
         default=RESTS[0],
         tooltip="Where the recording does not reach: silence, which is given too, or sound that the model makes.",
         **options,
@@ -33,8 +31,8 @@ def rest_input(**options) -> io.Combo.Input:
 def shown_input(**options) -> io.Combo.Input:
     return io.Combo.Input(
         "shown",
-        options=SHOWN,
-        default=SHOWN[0],
+        options=list(SHOWN),
+        default=next(iter(SHOWN)),
         advanced=True,
         tooltip="How the network sees the given part: clean, as first frames were in training, or as noisy as the "
         "rest of the clip. It comes out as it was given in both cases.",
@@ -205,7 +203,7 @@ class NavaContinue(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The Wan2.2 video VAE."),
                 io.Combo.Input(
                     "hold",
-                    options=HOLDS,
+                    options=list(HOLDS),
                     default=HOLDS[0],
                     tooltip="Bring the colours, or colours and sharpness, of that frame back to those of the clip's "
                     "beginning, against drift over many segments.",

@@ -9,7 +9,7 @@ import torch
 
 from ..geometry import FPS, FRAMES_PER_LATENT, latents_of_frames
 
-LEAD_IN = 1 + FRAMES_PER_LATENT  # frames, so whole latents, before pictures that do not begin the clip
+LEAD_IN = 1 + 3 * FRAMES_PER_LATENT  # frames before pictures that do not begin the clip: four latents
 
 
 @dataclass(frozen=True)

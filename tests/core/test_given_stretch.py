@@ -19,7 +19,7 @@ def test_latents_and_frames_belong_together(count, first):
     count_of_latents = (len(stretch.to_encode) - 1) // 4 + 1
     assert count_of_latents - stretch.skip == latents.stop - latents.start
     assert stretch.to_encode[len(stretch.to_encode) - len(stretch.pictures) :] == stretch.pictures
-    assert stretch.skip == (0 if latents.start == 0 else 2)
+    assert stretch.skip == (0 if latents.start == 0 else 4)
 
 
 @given(st.integers(8, 60), st.integers(0, 41))
@@ -34,7 +34,7 @@ def test_one_picture_is_held_for_its_latent(first, latent):
     stretch = place_pictures(1, first, 49)
     assert stretch.latents == slice(latent, latent + 1)
     assert stretch.pictures == (0,) * 4
-    assert stretch.to_encode == (0,) * 9
+    assert stretch.to_encode == (0,) * 17
     assert "Held" in stretch.notes[0]
 
 
