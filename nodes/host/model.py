@@ -477,13 +477,14 @@ def outer_sample(
         _warn_of_step_cache(model, executor.class_obj.model_options.get("transformer_options", {}))
     model.latent_shapes = shapes
     predictions = sum(len(each) for each in getattr(executor.class_obj, "conds", {}).values())
-    model._run = RunSize(tuple(shapes), max(1, predictions), denoise_mask is not None)
+    is_marked = denoise_mask is not None and bool((is_given(denoise_mask) & (denoise_mask > 0)).any())
+    model._run = RunSize(tuple(shapes), max(1, predictions), denoise_mask is not None, is_marked)
     given = _given_values(shapes, latent_image, denoise_mask)
     model._clean = _clean_values(shapes, denoise_mask)
     model.made = _made_parts(shapes, denoise_mask)
     if not any(model.made):
         raise ValueError(NOTHING_TO_MAKE)
-    if denoise_mask is not None:
+    if is_marked:
         denoise_mask = kept(denoise_mask)
     if callback is not None and len(shapes) > 1 and not host_unpacks():
         callback = video_first(callback, shapes)

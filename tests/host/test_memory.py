@@ -202,12 +202,12 @@ def patcher(small_models):
     return host_model.load_backbone(str(small_models["backbone"]))
 
 
-def latent(batch=1, masked=False, mode="video+audio"):
+def latent(batch=1, masked=False, mode="video+audio", shown=0.0):
     made = host_latents.empty_latent(geometry.ClipGeometry(2, 320, 192, mode), batch)
     if masked:
         parts = [torch.randn(part.shape) for part in made["samples"].unbind()]
         masks = [torch.ones(part.shape[0], 1, *part.shape[2:]) for part in parts]
-        masks[0][:, :, 0] = 0
+        masks[0][:, :, 0] = shown
         made = {
             name: comfy.nested_tensor.NestedTensor(each) for name, each in (("samples", parts), ("noise_mask", masks))
         }
@@ -229,6 +229,7 @@ def guider_of(patcher, kind):
 RUNS = {
     "ours": {},
     "with given parts": {"masked": True},
+    "with given parts at the level of the rest": {"masked": True, "shown": 2.0**-10},
     "two clips": {"batch": 2},
     "sound alone": {"mode": "audio"},
     "stock": {"kind": "stock"},
@@ -280,7 +281,7 @@ def test_what_a_run_holds_beside_the_network(patcher, monkeypatch, name):
         live.ignore(*patcher.model.parameters())
         guider.sample(noise, made["samples"], sampler, sampling.flow_sigmas(4), mask, disable_pbar=True)
     shapes = tuple(tuple(part.shape) for part in made["samples"].unbind())
-    run = memory.RunSize(shapes, predictions, mask is not None)
+    run = memory.RunSize(shapes, predictions, mask is not None, settings.get("shown", 0.0) > 0)
     planned = memory.run_bytes(run, batches[0], patcher.model.diffusion_model.config, 4)
     assert planned == pytest.approx(max(held), rel=0.1)
 
