@@ -1,4 +1,4 @@
-"""Voices, pictures and a video for the host tests: espeak-ng and scikit-image's photographs where they are, else made here."""
+"""Voices, pictures, a video for the host tests: espeak-ng and scikit-image's photographs where they are, else made."""
 
 import shutil
 import subprocess
