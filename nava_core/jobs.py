@@ -9,10 +9,10 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .digests import file_digest
 from .geometry import FPS, MODES, PRESETS, TRAINED_SCALE, ClipGeometry, check_scale
 from .prompt import BUILT_IN, bind_voices, negative_text, parse_spans
 from .sampling import Guidance, find_preset
@@ -24,8 +24,6 @@ MIN_SECONDS, MAX_SECONDS = 1 / FPS, 60.0
 MIN_SHIFT, MAX_SHIFT = 0.01, 100.0
 MAX_NAME = 150  # bytes of an output's name without its ending; file systems allow 255
 DEFAULT_SIZE = next(iter(PRESETS.values()))
-HASH_CHUNK = 1 << 20
-
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
 _NOT_IN_NAMES = re.compile(r'[\\/:*?"<>|]')
 
@@ -169,21 +167,6 @@ class Job:
         if self.preset is not None and not self.scales:
             del facts["negative"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, remembered until the file changes."""
-    status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _digest(path: Path, size: int, modified: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # --- from plain values to a job ----------------------------------------------------------------------------------

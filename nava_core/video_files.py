@@ -19,9 +19,10 @@ from .given.frames import fit_frames
 from .media import CHUNK, FRAMES_STAGE, Target, check_finite, existing_file, read_audio, whole_file
 
 # FFmpeg's numbers of matrices: what is not in here, or not said, is BT.709 in HD and BT.601 below.
-MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
+MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # to swscale's
 HD_HEIGHT = 720
 FULL_RANGE = 2
+HDR_TRANSFERS = (16, 18)  # PQ and HLG
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,8 @@ class VideoFile:
     """A video as it was read.
 
     ``frames`` (F, H, W, 3) uint8 are upright and at a constant ``fps``; ``waveform`` (C, N) fp32 at ``sample_rate``
-    begins with the first frame, and is None for a silent video; ``size`` is the video's own (width, height).
+    begins with the first frame, and is None for a silent video; ``size`` is the video's own (width, height); ``notes``
+    are sentences on what is unusual about the file.
     """
 
     frames: torch.Tensor
@@ -37,6 +39,7 @@ class VideoFile:
     waveform: torch.Tensor | None
     sample_rate: int
     size: tuple[int, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -62,22 +65,32 @@ def read_video(
             fps = stream.average_rate or stream.guessed_rate or Fraction(FPS)
             frames, times, own = _decoded_frames(container, stream, fps, max_seconds, size)
             sound_start = _start(container.streams.audio[0]) if container.streams.audio else None
+            told, is_hdr = stream.frames, stream.codec_context.color_trc in HDR_TRANSFERS
     except av.FFmpegError as error:
         raise ValueError(f"Cannot read {path.name} as video: {error.strerror or error}.") from error
     if not frames:
         raise ValueError(f"The picture track of {path.name} is empty or broken: no frame of it can be read.")
+    notes = []
+    if max_seconds is None and len(frames) < told:
+        notes.append(f"Only {len(frames)} of the {told} frames that {path.name} tells of are in it: it may be cut off.")
+    if is_hdr:
+        notes.append(f"{path.name} is HDR and was read as it is, so that it looks pale: make an SDR copy of it first.")
     order = _even_order(times, fps)
-    frames = torch.stack(frames if order is None else [frames[index] for index in order])
+    if order is not None:
+        notes.append(f"The frames of {path.name} come unevenly: they were read at {float(fps):.4g} a second.")
+    frames = _stacked(frames, order)
     waveform, rate = None, 0
     if sound_start is not None:
         limit = float(len(frames) / fps) if max_seconds is None else max_seconds
         waveform, rate = _sound_of(path, limit, sound_start - times[0])
-    return VideoFile(frames, Fraction(fps), waveform, rate, own)
+    return VideoFile(frames, Fraction(fps), waveform, rate, own, tuple(notes))
 
 
 def _picture_stream(container, path: Path):
     import av
 
+    if not (container.streams.video or container.streams.audio):
+        raise ValueError(f"Cannot read {path.name} as video: it is broken or cut off, or something else.")
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
@@ -109,7 +122,8 @@ def _rgb(frame) -> torch.Tensor:
     if frame.format.is_rgb:
         return torch.from_numpy(frame.to_ndarray(format="rgb24").copy())
     usual = Colorspace.ITU709 if frame.height >= HD_HEIGHT else Colorspace.ITU601
-    matrix = Colorspace(MATRICES.get(int(frame.colorspace), int(usual)))
+    known = {int(matrix): matrix for matrix in Colorspace}  # of older PyAV without BT.2020
+    matrix = known.get(MATRICES.get(int(frame.colorspace)), usual)
     is_full = int(frame.color_range) == FULL_RANGE or frame.format.name.startswith("yuvj")
     rgb = frame.reformat(
         format="rgb24",
@@ -139,6 +153,16 @@ def _even_order(times: list[float], fps: Fraction) -> list[int] | None:
             at += 1
         order.append(at)
     return order
+
+
+def _stacked(frames: list[torch.Tensor], order: list[int] | None) -> torch.Tensor:
+    """(F, H, W, 3) of a list's frames, which it is emptied of: a long video is never in memory twice."""
+    if order is not None:
+        return torch.stack([frames[index] for index in order])
+    stacked = torch.empty(len(frames), *frames[0].shape, dtype=frames[0].dtype)
+    for index in range(len(frames)):
+        stacked[index], frames[index] = frames[index], None
+    return stacked
 
 
 def _start(stream) -> float:

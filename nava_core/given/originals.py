@@ -134,7 +134,9 @@ class Originals:
                 f"Frames {tuple(self.frames.shape)} and {tuple(other.frames.shape)} were given for one clip: "
                 "they must have one size and number."
             )
-        mine, theirs = (_floats(each.frames) for each in (self, other))
+        mine, theirs = self.frames, other.frames
+        if mine.dtype != theirs.dtype:
+            mine, theirs = _floats(mine), _floats(theirs)
         frames = torch.where(other.kept_frames[:, None, None, None], theirs, mine)
         return self.with_frames(frames, self.kept_frames | other.kept_frames)
 

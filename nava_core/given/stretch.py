@@ -17,7 +17,8 @@ class Stretch:
     """``pictures[i]`` is the number of the picture that is given at frame ``first_frame + i`` of the clip.
 
     These frames are the latent frames ``latents`` of the clip. To get them, encode the pictures numbered ``to_encode``
-    as a clip of their own and leave out its first ``skip`` latents: see :meth:`taken`.
+    as a clip of their own and leave out its first ``skip`` latents: see :meth:`taken`. ``is_held``: there was no whole
+    latent to give, and a picture stands still in one.
     """
 
     latents: slice
@@ -26,6 +27,7 @@ class Stretch:
     to_encode: tuple[int, ...]
     skip: int
     notes: tuple[str, ...] = ()
+    is_held: bool = False
 
     @property
     def frames(self) -> slice:
@@ -75,7 +77,7 @@ def place_pictures(count: int, first_frame: int, clip_frames: int) -> Stretch:
     else:
         notes += [*_lead_in(start - first_frame), *_left_out(last_frame + 1 - stop)]
     pictures = tuple(numbers[LEAD_IN:])
-    return Stretch(slice(begin, end), start, pictures, tuple(numbers), latents_of_frames(LEAD_IN), tuple(notes))
+    return Stretch(slice(begin, end), start, pictures, tuple(numbers), latents_of_frames(LEAD_IN), tuple(notes), held)
 
 
 def chosen(pictures: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from ...nava_core.geometry import AUDIO_LATENTS_PER_SECOND, FPS, PIXELS_PER_LATENT, cover_crop, frames_of_latents
 from ...nava_core.given import (
+    CLEAN,
     SHOWN,
     GivenSound,
     Originals,
@@ -119,12 +120,19 @@ def give_frames(
     parts[0] = video.clone()
     parts[0][:, :, stretch.latents] = encoded.to(video)
     masks[0][:, :, stretch.latents] = SHOWN[shown] if keep else 1.0
-    if keep:
+    _clean_first_frame(masks[0])
+    if keep and not stretch.is_held and len(pictures) > 1:  # a single one comes through the VAE, to go with the others
         originals = (originals or Originals()).merged(_given_frames(pictures, stretch.frames, frames))
     unmasked = not keep and latent.get("noise_mask") is None
     result = with_originals(with_parts(latent, parts, None if unmasked else masks), originals)
     notes = [_scaled(images.shape, size), *notes, *stretch.notes]
     return result, pictures, " ".join([_what_frames(stretch.frames, frames, keep), *notes, *_all_given(masks, result)])
+
+
+def _clean_first_frame(mask: torch.Tensor) -> None:
+    """A given frame 0 is always shown clean, as in training; ``mask`` (B, 1, T, H, W)."""
+    if bool(is_given(mask[:, :, 0]).all()):
+        mask[:, :, 0] = CLEAN
 
 
 def _at_clip_rate(count: int, fps: float) -> tuple[list[int], list[str]]:
@@ -141,6 +149,8 @@ def _first_frame(at: float | None, count: int, frames: int) -> int:
 
 def _given_frames(pictures: torch.Tensor, where: slice, frames: int) -> Originals:
     """Originals of a clip of ``frames`` that has these; the memory of the others is never touched."""
+    if len(pictures) == frames:
+        return Originals().with_frames(pictures.cpu())
     pictures = kept_as(pictures)
     clip = torch.zeros(frames, *pictures.shape[1:], dtype=pictures.dtype)
     clip[where] = pictures.cpu()
@@ -215,6 +225,8 @@ def retake(
         keep = torch.ones(clip[0].shape[2], dtype=torch.bool)
         keep[made] = False
         originals = originals and originals.within(keep_video_mask=frames_of(keep))
+    if clip[0] is not None:
+        _clean_first_frame(masks[0])
     if sound:
         made = steps_touching(begin, end, clip[1].shape[2])
         masks[-1][:, :, made] = 1.0

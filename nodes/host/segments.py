@@ -21,6 +21,7 @@ from ...nava_core.given import (
 )
 from ...nava_core.media import fit_length
 from ...nava_core.timbre.resample import resample
+from ...nava_core.video_files import to_levels
 from .given import give_sound, recording
 from .latents import all_parts, audio_part, clip_length, clip_masks, video_part, with_parts
 from .video_vae import encode_video
@@ -40,15 +41,16 @@ def continue_clip(
     """(LATENT of the next segment, its first frame (1, H, W, 3), sentences) after the clip ``frames`` (F, h, w, C).
 
     ``latent`` is of an empty clip; its frame 0 becomes the last of ``frames``, in the 256 levels that a file keeps,
-    with what is to ``hold`` brought back to the clip's first frame. Of ``soundtrack``, in which the whole clip begins
-    at ``start`` s, the segment gets its time; what that does not reach is ``rest``. Raises ValueError where the latent
-    has content, or begins with a picture already.
+    with what is to ``hold`` brought back to what the clip's first segment had, taken to be as long as the next. Of
+    ``soundtrack``, in which the whole clip begins at ``start`` s, the segment gets its time; what that does not reach
+    is ``rest``. Raises ValueError where the latent has content, or begins with a picture already.
     """
     video = video_part(latent)
     if soundtrack is not None:
         audio_part(latent)
     _refuse_content(latent)
-    first = next_first_frame(frames, hold, (video.shape[4] * PIXELS_PER_LATENT, video.shape[3] * PIXELS_PER_LATENT))
+    size = (video.shape[4] * PIXELS_PER_LATENT, video.shape[3] * PIXELS_PER_LATENT)
+    first = next_first_frame(frames, hold, size, frames_of_latents(video.shape[2]))
     parts, masks = all_parts(latent), clip_masks(latent)
     parts[0] = video.clone()
     parts[0][:, :, :1] = encode_video(vae, first).to(video)
@@ -65,12 +67,14 @@ def continue_clip(
     return result, first, " ".join(notes)
 
 
-def next_first_frame(frames: torch.Tensor, hold: str, size: tuple[int, int]) -> torch.Tensor:
-    """(1, H, W, 3) in steps of 1/255: the last of ``frames``, fitted to ``size``, with what is to ``hold``."""
+def next_first_frame(frames: torch.Tensor, hold: str, size: tuple[int, int], segment: int) -> torch.Tensor:
+    """(1, H, W, 3) in steps of 1/255: the last of ``frames``, fitted to ``size``, with what is to ``hold`` as in the
+    first ``segment`` frames."""
     last = fit_frames(frames[-1:, ..., :3].float(), *size)
     if hold != HOLDS[0]:
-        last = hold_statistics(last[0], Statistics.of(frames[0, ..., :3]), hold)[None]
-    return (last.clamp(0, 1) * 255).round() / 255
+        beginning = frames[: min(segment, len(frames)) : FPS, ..., :3]
+        last = hold_statistics(to_levels(last[0]), Statistics.of(to_levels(beginning)), hold)[None]
+    return to_levels(last.float() / 255 if last.dtype == torch.uint8 else last).float() / 255
 
 
 def _refuse_content(latent: dict) -> None:
@@ -134,7 +138,7 @@ def join_clips(
     sound, notes = _joined_sound(audio, next_audio, len(frames), len(next_frames)), []
     if soundtrack is not None:
         sound, notes = _put_soundtrack(soundtrack, start, seconds, sound)
-    drift = seam(frames[-1], next_frames[0], frames[0]).sentence()
+    drift = seam(frames[-1], next_frames[1], frames[0]).sentence()
     text = " ".join([f"{len(joined)} frames, {seconds:.2f} s.", drift, *notes])
     return joined, None if sound is None else {"waveform": sound[0][None], "sample_rate": sound[1]}, text
 

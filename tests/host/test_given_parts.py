@@ -237,13 +237,16 @@ def test_pictures_of_another_size_and_rate(models):
     ],
 )
 def test_one_picture_at_a_time(models, place, seconds, latents, frames):
+    """Kept as a first frame is: its latent, which the VAE decodes with the others."""
     image = moving(1)
-    latent, fitted, _ = give_frames(empty(), models, image, place, seconds)
+    latent, fitted, report = give_frames(empty(), models, image, place, seconds, shown="matched noise")
     assert given_frames(latent) == latents
+    assert masks(latent)[0].unique().tolist() == [0.0 if frames == [0] else 2**-10, 1.0]
     assert len(fitted) == len(frames)
-    out = frames_of(sample(models, latent), models)[0]
-    for frame in range(FRAMES):
-        assert torch.equal(out[frame], image[0]) == (frame in frames)
+    assert ("Held for the frames" in report) == (frames != [0])
+    done = sample(models, latent)
+    assert torch.equal(parts(done)[0][:, :, latents], parts(latent)[0][:, :, latents])
+    assert torch.equal(frames_of(done, models)[0], host_video.decode_video(models.vae, parts(done)[0]))
     if frames != [0]:
         alone = host_video.encode_video(models.vae, image)
         assert (parts(latent)[0][:, :, latents] - alone).abs().max() > 1e-3  # no first-frame latent elsewhere
@@ -294,21 +297,21 @@ def test_pictures_that_cannot_be_given(models):
 
 
 def test_the_order_of_given_parts_does_not_matter(models):
-    last, middle = moving(1), moving(1, seed=9)
+    last, middle = moving(4), moving(4, seed=9)
 
     def frames(latent):
-        return give_frames(give_frames(latent, models, last, "at the end")[0], models, middle, seconds=0.5)[0]
+        return give_frames(give_frames(latent, models, last, "at the end")[0], models, middle, seconds=9 / 24)[0]
 
-    one = give_sound(frames(first_frame(empty(), models, last)), models)[0]
-    other = first_frame(frames(give_sound(empty(), models)[0]), models, last)
+    one = give_sound(frames(first_frame(empty(), models, last[:1])), models)[0]
+    other = first_frame(frames(give_sound(empty(), models)[0]), models, last[:1])
     assert given_frames(one) == given_frames(other) == [0, 3, 6]
     assert given_steps(one) == given_steps(other) == list(range(27))
     for ours, theirs in zip([*parts(one), *masks(one)], [*parts(other), *masks(other)], strict=True):
         assert torch.equal(ours, theirs)
     done = sample(models, other)
     out = frames_of(done, models)[0]
-    assert torch.equal(out[24], last[0])
-    assert torch.equal(out[10], middle[0])
+    assert torch.equal(out[21:], last)
+    assert torch.equal(out[9:13], middle)
     assert not torch.equal(out[0], last[0])  # a first frame comes through the VAE
     assert torch.equal(sound_of(done, models)[0]["waveform"], humming()["waveform"][..., :SAMPLES])
 
@@ -321,13 +324,13 @@ def test_all_given_is_said_and_refused_by_the_sampler(models):
 
 
 def test_a_batch_gets_the_same_given_parts(models):
-    latent = give_sound(give_frames(empty(batch=2), models, moving(1), "at the end")[0], models)[0]
+    latent = give_sound(give_frames(empty(batch=2), models, moving(4), "at the end")[0], models)[0]
     done = sample(models, latent)
     assert not torch.equal(*parts(done)[0].unbind())
     frames, sounds = frames_of(done, models), sound_of(done, models)
     assert len(frames) == len(sounds) == 2
     for clip, sound in zip(frames, sounds, strict=True):
-        assert torch.equal(clip[24], moving(1)[0])
+        assert torch.equal(clip[21:], moving(4))
         assert torch.equal(sound["waveform"], humming()["waveform"][..., :SAMPLES])
 
 
@@ -339,6 +342,19 @@ def test_originals_are_not_put_where_the_latent_is_another(models):
     assert sound_of(again, models)[0]["sample_rate"] == 48000
     shorter = {**latent, "samples": comfy.nested_tensor.NestedTensor([part[:, :, :5] for part in parts(latent)])}
     assert len(frames_of(shorter, models)[0]) == 17
+
+
+def test_given_parts_of_clips_of_one_modality(models):
+    """Sound that goes on after a recording; a picture-only clip, also as the video latent alone."""
+    latent, _, _ = give_sound(empty("audio only"), models, humming(0.4), rest="generated")
+    heard = sound_of(sample(models, latent), models)[0]["waveform"][0]
+    assert torch.equal(heard[:, :17640], humming(0.4)["waveform"][0].expand(len(heard), -1))
+    assert heard[:, 20000:].abs().max() > 0
+    for latent in (empty("video only"), {"samples": parts(empty("video only"))[0]}):
+        given_last, _, _ = give_frames(latent, models, moving(4), "at the end")
+        out = frames_of(sample(models, given_last), models)[0]
+        assert torch.equal(out[21:], moving(4))
+        assert not torch.equal(out[:4], moving(4))
 
 
 # ---------------------------------------------------------------- retakes
@@ -382,8 +398,9 @@ def test_a_retake_of_one_part(models, finished, no_vae, part, others):
     else:
         assert given_frames(opened) == list(range(7))
         assert torch.equal(frames_of(done, models)[0], frames)
-    marks = torch.cat([mask.flatten() for mask in masks(opened)]).unique().tolist()
-    assert marks == [2**-10, 1.0]
+    assert masks(opened)[0][:, :, 0].unique().tolist() == [0.0]  # a first frame is clean, as in training
+    marks = torch.cat([masks(opened)[0][:, :, 1:].flatten(), masks(opened)[1].flatten()])
+    assert marks.unique().tolist() == [2**-10, 1.0]
 
 
 def test_a_retake_of_a_region(models, finished):
