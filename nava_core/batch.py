@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 REPORT, SUMMARY = "report.jsonl", "summary.json"
 UNFINISHED, LOCK = ".unfinished", ".batch.lock"
+SEGMENTS = ".segments"  # where long clips lie until they are whole, a folder for each
 LATENTS = ".latents.safetensors"  # after a clip's name
 MOST_WAITING = 64  # lines that wait for the same content's clip, before a batch reads no further
 KEY_LENGTH = 12  # hexadecimal digits of a job's hash in the names of clips without an id
@@ -150,7 +151,8 @@ class _Names:
 @dataclass(frozen=True)
 class Task:
     """A clip to make. ``path`` is where it is written, to be moved to its name when it is whole; ``latents``: where its
-    latents are kept; ``resume``: whether those that are there are used."""
+    latents are kept; ``resume``: whether those that are there are used. ``state``: the folder of a clip of several
+    segments until it is whole."""
 
     line: int
     job: Job
@@ -159,6 +161,7 @@ class Task:
     path: Path
     latents: Path
     resume: bool = True
+    state: Path | None = None
 
     def kept_latents(self) -> ClipLatents | None:
         """The latents that an earlier run kept of this very content; None where there are none, or none to be used."""
@@ -212,6 +215,9 @@ def failure_of(error: Exception, job: Job | None = None) -> Failed:
 def make_clip(pipeline: Any, task: Task, step: Callable[..., None]) -> Made:
     """Make a task's clip: denoised with ``step`` called after each step, or finished from latents that were kept."""
     start = time.monotonic()
+    if task.job.segments > 1:
+        warnings = _make_long(pipeline, task, step)
+        return Made(time.monotonic() - start, warnings)
     latents = task.kept_latents()
     from_latents = latents is not None
     if latents is None:
@@ -223,11 +229,24 @@ def make_clip(pipeline: Any, task: Task, step: Callable[..., None]) -> Made:
     return Made(time.monotonic() - start, tuple(latents.warnings), kept, from_latents)
 
 
+def _make_long(pipeline: Any, task: Task, step: Callable[..., None]) -> tuple[str, ...]:
+    """Make a clip of several segments, going on with what an earlier run left of it; its warnings, and how it drifts
+    from segment to segment."""
+    if not task.resume and task.state is not None:
+        shutil.rmtree(task.state, ignore_errors=True)
+    request = task.job.long_request()
+    made = pipeline.make_long(task.path, state=task.state, anew=True, callback=step, **request)
+    if task.state is not None:
+        shutil.rmtree(task.state, ignore_errors=True)
+    return (*made.warnings, *made.drift())
+
+
 class Runner:
     """Makes clips, at most ``places`` at a time; this one in this process, each as soon as it is asked for.
 
     ``open_pipeline``'s result has what of ``NavaPipeline`` makes a clip: ``denoise(callback=..., **Job.request())``,
-    which returns ``ClipLatents``, and ``save(latents, path)``.
+    which returns ``ClipLatents``, and ``save(latents, path)``; and for clips of several segments
+    ``make_long(path, state=..., anew=..., callback=..., **Job.long_request())``, which returns ``LongClip``.
     """
 
     places = 1
@@ -305,6 +324,8 @@ def run_batch(
             result.outcomes.sort(key=lambda outcome: (outcome.line, outcome.take or 0))
             _write_summary(folder, source, lines, result)
             run.close()
+            with contextlib.suppress(OSError):  # clips are under way in it, or it is not there
+                (folder / SEGMENTS).rmdir()
     return result
 
 
@@ -406,7 +427,8 @@ class _Run:
             self._failed(number, job, failure_of(error))
             return
         latents = self.folder / f"{file}{LATENTS}"
-        self._begin(Task(number, job, file, key, self.work / file, latents, resume=not self.remake))
+        state = self.folder / SEGMENTS / key[:KEY_LENGTH] if job.segments > 1 else None
+        self._begin(Task(number, job, file, key, self.work / file, latents, not self.remake, state))
         while self.runner is not None and len(self.at_work) >= self.runner.places:
             self._collect()
 
@@ -547,7 +569,7 @@ def _is_the_models(error: Exception, job: Job) -> bool:
     A file that was not found is one of theirs while the job's own are all there.
     """
     if isinstance(error, FileNotFoundError):
-        return all(path.is_file() for path in (job.image, *job.voices) if path is not None)
+        return all(path.is_file() for path in job.files)
     return isinstance(error, (WrongFileError, ImportError)) or isinstance(error.__cause__, ImportError)
 
 

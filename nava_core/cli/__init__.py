@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from ..explain import explain
-from . import batch, decode, demo, files, generate
+from . import batch, decode, demo, extend, files, generate, refine, retake
 from .options import UsageError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -28,6 +28,9 @@ DESCRIPTION = """NAVA without a host: video and its sound from one prompt, from 
   nava inspect models/*                       what is a file, would it load, how much memory does it take
   nava generate "..." --models models         one clip
   nava batch clips.jsonl --out clips --models models      many clips
+  nava extend clip.mp4 "..." --seconds 8 --models models  a finished clip that goes on
+  nava retake clip.mp4 "..." --from 2 --to 3 --models models      a span of it made again
+  nava refine clip.mp4 "..." --denoise 0.4 --models models        a second pass over its picture
   nava decode clip.latents.safetensors --models models    a clip from latents that were kept
   nava convert NAVA.safetensors NAVA_fp8.safetensors      a backbone in another type
 
@@ -52,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (generate, batch, decode, files, demo):
+    for module in (generate, batch, extend, retake, refine, decode, files, demo):
         for command in module.COMMANDS:
             added = commands.add_parser(
                 command.name,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .decoding import add_decoding_options
+from .given import add_segment_options
 from .options import (
     MODEL_ROLES,
     Command,
@@ -45,6 +46,13 @@ DESCRIPTION = """A clip for every line of FILE, the models being loaded once. A 
   gen_turn                    as --gen-turn
   save_latents                true: as --save-latents
   preset                      as --preset
+  sound_path                  a sound that the clip has as it is, with sound_start, sound_at and sound_rest as the
+                              options of `nava generate`
+  video_path                  a video of which the picture is kept and sound is made, as long as it without seconds
+  last_image_path, images_at  the last frame; others as {"2.5": "file.png"}, by their seconds
+  shown                       "clean" or "matched noise", as --shown of `nava generate`
+  then                        list of the prompts of the next segments of a longer clip
+  segment, hold               as --segment and --hold
   audio_only, video_only      true: a WAV of sound alone, an MP4 of picture alone
   id (or name)                the clip's file name without ending; without it, line number and a hash of the content
 
@@ -54,9 +62,10 @@ id|words of the recording|recording|words to say, and a WAV of these words in th
 Files are sought beside FILE, then in the working directory. Options below hold for lines that say nothing else. A line
 that cannot be used or fails is recorded and the rest goes on. Run the same command again to go on after an
 interruption or a repair: what is finished is skipped, a changed line is made again, and a clip of which the latents
-were kept is finished from them. A line with the same content as an earlier one is not made twice: it refers to that
-clip, or gets a link to it under its own id. A --lora holds for all lines and is part of their content. The models,
---device and --dtype are not: clips of other models belong in another folder, or --remake.
+were kept is finished from them; one of several segments goes on after the last stage that was finished. A line with
+the same content as an earlier one is not made twice: it refers to that clip, or gets a link to it under its own id. A
+--lora holds for all lines and is part of their content. The models, --device and --dtype are not: clips of other
+models belong in another folder, or --remake.
 
 FOLDER gets the clips, report.jsonl (every line's fate as it happens) and summary.json (all lines of the last run)."""
 
@@ -110,6 +119,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--workers on all its GPUs. Every machine needs this pack, and the models under the same path",
     )
     add_clip_options(parser)
+    add_segment_options(parser)
     add_model_options(parser)
     add_decoding_options(parser)
     add_parallel_options(parser)

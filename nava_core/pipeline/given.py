@@ -256,7 +256,7 @@ def read_frames(
         return VideoFrames(frames, (frames.shape[2], frames.shape[1]))
     size = None if choose_size is None else choose_size(*read_video(frames, ONE_FRAME).size)
     video = read_video(frames, seconds, size)
-    notes, name = [], Path(frames).name
+    notes, name = [*getattr(video, "notes", ())], Path(frames).name
     taken = video.frames
     if video.fps != FPS:
         taken = taken[resample_indices(len(taken), video.fps)]
