@@ -165,6 +165,10 @@ def make_long(args: argparse.Namespace, target: Path, progress: Any, make: Any) 
     progress.begin("Denoising")
     try:
         made = make(state=state, anew=args.overwrite, callback=progress.step)
+    except (Exception, KeyboardInterrupt):
+        progress.end()
+        progress.say("The clip is not whole yet. The same command goes on with what is finished of it.")
+        raise
     finally:
         progress.end()
     for line in (*made.drift(), *made.report.splitlines()):

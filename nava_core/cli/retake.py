@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..pipeline import Retake
+    from ..pipeline import ClipLatents, Retake, is_latents_file
 
     source = checked_source(args)
     try:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     job = prompt_job(args)
-    suffix = ".wav" if args.out is not None and args.out.suffix.lower() == ".wav" else ".mp4"
+    suffix = ClipLatents.load(source).suffix if is_latents_file(source) else ".mp4"
     target = clip_target(args, suffix, f"{source_name(source)}_retake")
     kept = latents_target(args, target)
     files = model_files(args)

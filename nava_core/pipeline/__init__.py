@@ -23,6 +23,7 @@ from .given import Retake
 from .latents import ClipLatents, LatentsError
 from .memory import Components
 from .pipeline import ClipDecoder, NavaPipeline
+from .revise import is_latents_file
 from .segment_state import StateError
 from .segments import SEGMENT_SECONDS, LongClip
 from .stages import Voice, clip_geometry, clip_noise, default_guidance, fit_picture
@@ -51,6 +52,7 @@ __all__ = [
     "default_guidance",
     "find_model_files",
     "fit_picture",
+    "is_latents_file",
     "load_problem",
     "memory_bytes",
 ]

@@ -455,8 +455,10 @@ class _Collected:
             self.video_mask[:, :, 0] = CLEAN
 
     def put_video(self, video: VideoFrames, is_kept: bool) -> None:
-        geometry, count = self.geometry, len(video.frames)
+        geometry, count = self.geometry, min(len(video.frames), self.geometry.frames)
         self.notes += video.notes
+        if len(video.frames) > count:
+            self.notes.append(f"The video goes on past the clip's end at {geometry.duration:.2f} s: that is left out.")
         if is_kept:
             stretch = place_pictures(count, 0, geometry.frames)
             self.notes += [f"The video: {note[:1].lower()}{note[1:]}" for note in stretch.notes]

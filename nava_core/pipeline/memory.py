@@ -103,7 +103,7 @@ class Components:
         chosen = {"text_encoder": encoder_device, "video_vae": vae_device, "audio_vae": vae_device}
         self.chosen = {role: device if is_same_device(wanted, device) else wanted for role, wanted in chosen.items()}
         self.clock = Clock()
-        self.plan = self._unplanned()
+        self.plan, self.most_frames = self._unplanned(), 0
         self._kept: dict[str, torch.nn.Module] = {}
         self._streams: dict[str, Streaming] = {}
         self._ceilings: dict[str, int] = {}  # what a component's stage may take, where more turned out to be too much
@@ -165,7 +165,7 @@ class Components:
             self._release()
             self._evict(used.device)
             self._remember(role, used, form)
-            self.say(f"Out of memory while {WORK[role]}: once more with the {NAMES[role]} {form}.")
+            self.say(f"Out of memory while {self._doing(role)}: once more with the {NAMES[role]} {form}.")
             where = form
         raise TooLittleMemoryError(sentence)
 
@@ -191,6 +191,11 @@ class Components:
         self.say(f"Out of memory while denoising: this step once more with the backbone {form}.")
         return True
 
+    def _doing(self, role: str) -> str:
+        """What a component is at, for sentences."""
+        many = role == "video_vae" and self.most_frames > 1
+        return f"encoding {self.most_frames} frames" if many else WORK[role]
+
     def _advice(self, role: str, used: Placement) -> str:
         """The sentence on a stage that memory was too little for."""
         if role == "backbone":
@@ -199,8 +204,8 @@ class Components:
         else:
             even, change = "", f"let the {NAMES[role]} work on the CPU ({DEVICE_OPTIONS[role]} cpu)"
         return (
-            f"There is too little free memory on {used.device} for {WORK[role]}{even}: {change}, or free the memory "
-            "other programs hold."
+            f"There is too little free memory on {used.device} for {self._doing(role)}{even}: {change}, or free the "
+            "memory other programs hold."
         )
 
     def _fetch(self, role: str, where: Placement) -> torch.nn.Module:
@@ -288,7 +293,7 @@ class Components:
         frames that are encoded at a time, and audio latents. Raises ValueError, with the least that works, where the
         clip cannot be made within the memory that was allowed.
         """
-        self.plan = self._unplanned()
+        self.plan, self.most_frames = self._unplanned(), frames
         budget = self._budget("backbone")
         if budget is not None and self.parallel is None:
             backbone, batched = self._place_backbone(geometry, together, budget)

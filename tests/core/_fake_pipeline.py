@@ -25,6 +25,8 @@ def fake_latents(request):
         warnings = (REPORT,)
     video = None if request["mode"] == "audio" else torch.zeros(1, 48, 1, 2, 2)
     audio = torch.zeros(1, 8, 2, 16) if request["mode"] == "audio" else None
+    if "pictures" in request:
+        request = {**request, "pictures": {str(time): path for time, path in request["pictures"].items()}}
     settings = json.loads(json.dumps(request, default=str, sort_keys=True))
     return ClipLatents(video, audio, 1 / 24 if audio is None else 0.08, REPORT, warnings, settings)
 

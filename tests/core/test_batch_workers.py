@@ -673,3 +673,43 @@ def test_a_batch_over_two_nodes(tmp_path, models, two_nodes):
     assert len(files(out)) == len(lines)
     assert len({node for pid, node in makers(out) if pid not in here}) == 2
     assert all(clip["voices"] == ["voice"] for clip in told(out))
+
+
+# --- given parts and long clips ----------------------------------------------------------------------------------
+
+
+class Reads(fake.FakePipeline):
+    """Clips that hold the words of the files that were given; long clips die where a prompt says so, once."""
+
+    def denoise(self, prompt, *, callback, **request):
+        latents = super().denoise(prompt, callback=callback, **request)
+        given = {name: Path(request[name]).read_text() for name in ("sound", "frames") if name in request}
+        given |= {str(time): Path(path).read_text() for time, path in request.get("pictures", {}).items()}
+        return replace(latents, settings={"prompt": prompt, "given": given})
+
+    def make_long(self, path, prompts, *, state, **rest):
+        if "DIE" in prompts[-1] and not (Path(state) / "0.txt").exists():
+            super().make_long(path, prompts[:1], state=state, **rest)
+            os.kill(os.getpid(), signal.SIGKILL)
+        made = super().make_long(path, prompts, state=state, **rest)
+        return replace(made, warnings=(f"made {self.made}",))
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_given_files_go_to_the_worker_and_a_lost_long_clip_goes_on_there(tmp_path):
+    for name in ("a.wav", "b.mp4", "c.png", "d.png"):
+        (tmp_path / name).write_text(name)
+    source = write(
+        tmp_path,
+        {"id": "s", "prompt": "x", "sound_path": "a.wav", "last_image_path": "c.png", "images_at": {"1": "d.png"}},
+        {"id": "v", "prompt": "y", "video_path": "b.mp4"},
+        {"id": "l", "prompt": "one", "then": ["two DIE"], "seconds": 20},
+    )
+    out = tmp_path / "out"
+    result = run(source, out, Reads)
+    assert statuses(result) == ["made"] * 3
+    given = [json.loads((out / f"{name}.mp4").read_text())["given"] for name in "sv"]
+    assert given == [{"sound": "a.wav", "1.0": "d.png", "end": "c.png"}, {"frames": "b.mp4"}]
+    assert (out / "l.mp4").read_text() == "one | two DIE"
+    assert result.outcomes[2].warnings == ("made [1]",)  # the first stage was that of the worker that was lost
+    assert not (out / ".segments").exists()
