@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE.parent / "host"))
 from comfy_host import require_comfyui  # noqa: E402
 from media_checks import read_media  # noqa: E402
 from server import Comfy  # noqa: E402
+from voices import write_video  # noqa: E402
 
 PLAYWRIGHT = "playwright-core@1"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -28,7 +29,11 @@ NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 SECONDS = 0.5
 CLIP = {"seconds": SECONDS, "preset": "custom", "width": 96, "height": 64}
 STEPS = {"steps": 2}
-MINUTES = 10
+SPAN = {"start": 0.2, "end": 0.3}  # of a retake
+MINUTES = 20
+# Three samplers that share the models, prompts and VAEs have no drawing without crossings: long_clip's trunk lines run
+# level, and other lines cross them upright. So many pairs of links meet there, a trunk counting once for each link.
+CROSSINGS = {"long_clip": 90}
 
 
 def find_browser() -> str | None:
@@ -56,7 +61,7 @@ def playwright(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def server(playwright, tmp_path_factory):
-    """A running ComfyUI with small models, a picture and two voices."""
+    """A running ComfyUI with small models, a picture, a silent video and recordings."""
     from nava_core.demo import make_small_models, place_in_comfyui
 
     base = tmp_path_factory.mktemp("canvas")
@@ -74,7 +79,8 @@ def make_inputs(folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     Image.radial_gradient("L").resize((120, 80)).convert("RGB").save(folder / "first_frame.png")
-    for name, pitch in (("voice", 140), ("voice_first", 210), ("voice_second", 110)):
+    write_video(folder / "silent.mp4", round(24 * SECONDS) + 1, (CLIP["width"], CLIP["height"]))
+    for name, pitch in (("voice", 140), ("voice_first", 210), ("voice_second", 110), ("speech", 180)):
         with wave.open(str(folder / f"{name}.wav"), "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)
@@ -93,6 +99,7 @@ def small_values(names: dict[str, str]) -> dict:
         "NavaLoadSpeakerEncoder": {"file": names["speaker_encoder"]},
         "NavaEmptyLatent": CLIP,
         "NavaFirstFrame": {"size": "the latent's own"},
+        "NavaRetake": SPAN,
         "NavaSampler": STEPS,
         "NavaSigmas": STEPS,
     }
@@ -157,7 +164,7 @@ def test_it_is_drawn_tidily_before_and_after_a_run(seen, name, drawn):
     assert canvas["run"]["status"]["status_str"] == "success"
     for when in (canvas, canvas["after"]):
         assert when["overlaps"] == []
-        assert when["crossings"] == []
+        assert len(when["crossings"]) <= CROSSINGS.get(name, 0), when["crossings"]
         assert when["outside"] == []
 
 
@@ -185,14 +192,14 @@ def test_run_makes_the_file_it_promises(seen, server, name):
     (item,) = items
     media = read_media(server.base / "output" / item["subfolder"] / item["filename"])
     assert item["filename"].startswith(name)
-    assert media.channels == 2
-    assert media.sample_rate == 48000
+    own = name == "voice_drives_picture"  # the sound is the recording's
+    assert (media.channels, media.sample_rate) == (2, 16000 if own else 48000)
     if name == "audio_only":
         assert media.audio_codec == "flac"
         assert media.frames is None
     else:
         assert (media.video_codec, media.size) == ("h264", (96, 64))
-        assert len(media.frames) == 24 * SECONDS + 1
+        assert len(media.frames) == 24 * SECONDS * (3 if name == "long_clip" else 1) + 1
 
 
 def test_the_template_browser_shows_each_with_its_picture_and_opens_it(seen):
