@@ -159,7 +159,7 @@ def add_long_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_long(args: argparse.Namespace, target: Path, progress: Any, make: Any) -> None:
-    """Have a long clip made by ``make(state=..., anew=..., callback=...)``, and say how it drifted."""
+    """Have a long clip made by ``make(state=..., anew=..., callback=...)``, and say how its prompts were used."""
     state = None if args.state is None else writable_folder(args.state, "--state")
     target.parent.mkdir(parents=True, exist_ok=True)
     progress.begin("Denoising")
@@ -171,7 +171,7 @@ def make_long(args: argparse.Namespace, target: Path, progress: Any, make: Any) 
         raise
     finally:
         progress.end()
-    for line in (*made.drift(), *made.report.splitlines()):
+    for line in made.report.splitlines():
         progress.say(line)
 
 

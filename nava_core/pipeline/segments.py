@@ -42,6 +42,7 @@ from ..prompt import bind_voices, parse_spans
 from ..sampling import Guidance, Interrupted
 from ..timbre.resample import resample
 from ..video_files import LosslessFrames, to_levels, write_picture
+from ..voices import SavedVoice
 from .clip import checked_path
 from .given import READ_SECONDS
 from .latents import ClipLatents
@@ -288,7 +289,7 @@ class _Work:
         sound = self.request.sound
         facts |= {
             "settings": settings,
-            "voices": [Path(voice) if isinstance(voice, str) else voice for voice in self.request.voices],
+            "voices": [_voice_content(voice) for voice in self.request.voices],
             "segments": [asdict(segment) for segment in self.segments],
             "sound": None if sound is None else (sound.to_encode()[0], sound.sample_rate, sound.spans),
             "first": None if self.first is None else self.first.identity,
@@ -309,7 +310,10 @@ class _Work:
                 self._segment(segment)
         self._check_stop()
         self._put_together(path)
-        return self._result(path)
+        made = self._result(path)
+        for sentence in made.drift():
+            self.say(sentence)
+        return made
 
     def _segment(self, segment: Segment) -> None:
         begin, end = segment.span
@@ -427,7 +431,6 @@ class _Work:
             start = next(_frames(self.state.path(0, FRAMES)))
             found = seam(before, last if second is None else second, start)
             about["seam"] = asdict(found)
-            self.say(f"Seam {number}: {found.sentence()}")
         write_json(self.state.path(number, DONE), about)
 
     # ------------------------------------------------------------ the whole
@@ -496,6 +499,13 @@ class _Work:
     def _check_stop(self) -> None:
         if self.should_stop is not None and self.should_stop():
             raise Interrupted("The run was interrupted: what is finished of the clip is kept.")
+
+
+def _voice_content(voice: Voice) -> Any:
+    """What a voice is known by: its file, its recording, or its embedding."""
+    if isinstance(voice, str):
+        return Path(voice)
+    return voice.timbre if isinstance(voice, SavedVoice) else voice
 
 
 def _seam(about: Mapping[str, Any]) -> Seam:

@@ -15,7 +15,7 @@ from nava_core.media import mux, read_audio, read_image
 from nava_core.pipeline import ModelFiles, NavaPipeline, StateError, segments
 from nava_core.pipeline.segment_state import State
 from nava_core.pipeline.segments import split_voices
-from nava_core.sampling import Interrupted
+from nava_core.sampling import Guidance, Interrupted
 from nava_core.video_files import LosslessFrames, read_video
 
 pytest.importorskip("diffusers", reason="the standalone VAEs need diffusers")
@@ -119,11 +119,16 @@ def test_sound_is_joined_within_the_time_of_the_frame_that_two_segments_share(pi
     assert torch.equal(waveform[:, seam + rate // 24 :], parts[1][:, rate // 24 :])
 
 
-def test_drift_is_measured_said_and_kept(pipeline, whole):
+def test_drift_is_measured_said_and_kept(pipeline, whole, monkeypatch):
     made, _, state = whole
     assert len(made.seams) == 1
     (sentence,) = made.drift()
     assert sentence.startswith("Seam 1: ")
+    said = []
+    monkeypatch.setattr(pipeline.components, "say", said.append)
+    pipeline.make_long(state.parent / "clip.mp4", PROMPTS, state=state, **LONG)
+    assert said[0].startswith("2 of 2 segments are there already")
+    assert said[-1] == sentence
     kept = json.loads((state / "001.json").read_text())["seam"]
     assert kept["colour"] == made.seams[0].colour
     assert kept["drift"]["colour"] == made.seams[0].drift.colour
@@ -209,6 +214,24 @@ def test_what_is_finished_is_not_made_again(pipeline, whole, monkeypatch):
         monkeypatch.setattr(NavaPipeline, name, refuse)
     again = pipeline.make_long(path, PROMPTS, state=state, **LONG)
     assert again == made
+
+
+def test_voices_and_pictures_are_part_of_what_a_state_is_for(pipeline, tmp_path):
+    """A state of one pass is not made: what is asked for is what its key follows from."""
+    embedding, other = (torch.randn(1, 192, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    words = {"prompts": ["He says <S>so<E>.", "A drum."]}
+    asked = [
+        {"voices": [embedding], **words}, {"voices": [other], **words}, {"voices": [], **words},
+        {"image": torch.zeros(64, 64, 3)}, {"image": torch.ones(64, 64, 3)}, {"guidance": Guidance()},
+        {"guidance": Guidance(video_text=2.0)}, {"segment": 0.4}, {},
+    ]  # fmt: skip
+    keys = set()
+    for number, change in enumerate(asked):
+        request = {**LONG, "prompts": PROMPTS, **change}
+        with pytest.raises(Interrupted):
+            pipeline.make_long(tmp_path / "a.mp4", state=tmp_path / str(number), should_stop=lambda: True, **request)
+        keys.add(json.loads((tmp_path / str(number) / "plan.json").read_text())["key"])
+    assert len(keys) == len(asked)
 
 
 def test_an_interruption_between_stages_keeps_what_is_finished(pipeline, whole, tmp_path):
