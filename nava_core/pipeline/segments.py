@@ -273,8 +273,14 @@ class _Work:
         done = sum(self.state.has(segment.number, DONE) for segment in self.segments)
         if goes_on and done:
             self.say(f"{done} of {len(self.segments)} segments are there already, in {self.state.folder}.")
-        for note in self._sound_notes():
+        for note in (*self._length_notes(), *self._sound_notes()):
             self.say(note)
+
+    def _length_notes(self) -> list[str]:
+        made = sum(segment.seconds for segment in self.segments if not segment.is_source)
+        if abs(made - self.request.seconds) <= 1e-3:
+            return []
+        return [f"{self.request.seconds:g} s is no whole number of latent frames; {made:.3f} s are made."]
 
     def _sound_notes(self) -> list[str]:
         notes = () if self.request.sound is None else self.request.sound.notes
@@ -489,7 +495,7 @@ class _Work:
 
     def _result(self, path: Path) -> LongClip:
         done = [read_json(self.state.path(segment.number, DONE)) for segment in self.segments]
-        warnings = [*(() if self.first is None else self.first.notes), *self._sound_notes()]
+        warnings = [*(() if self.first is None else self.first.notes), *self._length_notes(), *self._sound_notes()]
         warnings += [warning for about in done for warning in about.get("warnings", ())]
         reports = [f"Segment {n}: {about['report']}" for n, about in enumerate(done, start=1) if about.get("report")]
         seams = tuple(_seam(about["seam"]) for about in done if "seam" in about)

@@ -234,6 +234,16 @@ def test_voices_and_pictures_are_part_of_what_a_state_is_for(pipeline, tmp_path)
     assert len(keys) == len(asked)
 
 
+def test_a_length_that_no_latents_make_is_rounded_and_said(pipeline, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(pipeline.components, "say", said.append)
+    for seconds in (1.0, 1.1):
+        with pytest.raises(Interrupted):
+            pipeline.make_long(tmp_path / "a.mp4", PROMPTS, should_stop=lambda: True, **{**LONG, "seconds": seconds})
+    assert said[-1] == "1.1 s is no whole number of latent frames; 1.167 s are made."
+    assert sum("latent frames" in sentence for sentence in said) == 1
+
+
 def test_an_interruption_between_stages_keeps_what_is_finished(pipeline, whole, tmp_path):
     state = tmp_path / "state"
     with pytest.raises(Interrupted, match="what is finished of the clip is kept"):
