@@ -17,9 +17,15 @@ LONG_SILENCE = 1.0  # seconds
 FULL_SCALE = 0.999  # of what samples can hold
 FLAT_TOP = 0.98  # of the highest sample: equal neighbours up there are cut tops that were turned down since
 FLAT_SAMPLES = 3
+# What a lossy codec made of flat tops: many samples in the last tenth below the ceiling, few in the tenth before it. A
+# sine has 2.3 times as many there, noise and speech fewer.
+CEILING = 0.999  # quantile of the samples' size
+CROWDED = 3.0
+CROWD = 2e-3  # of all samples
+SAMPLES = 1 << 20  # that the ceiling is found from
 QUIET = 1e-3  # a sound below -60 dBFS is not clipped
 
-UNCHANGED = 0.4 / 255  # mean change of every block of a frame, below which it is the same picture
+UNCHANGED = 0.8 / 255  # mean change of every block of a frame, below which it is the same picture
 FROZEN_SECONDS = 0.5
 
 JUMP = 0.02  # of full scale: mean brightness from a frame to the next
@@ -60,7 +66,7 @@ def clipped_share(waveform: torch.Tensor) -> float:
     """Share of the samples (C, N) that are clipped, 0..1.
 
     They are at full scale (0.999 or more), or one of three equal ones in a row within 2 % of the highest: tops that
-    were cut and turned down later. A lossy codec rounds such tops; what it leaves at full scale is still counted.
+    were cut and turned down later, or near a ceiling where they crowd: tops that were cut and went through a codec.
     """
     magnitude = waveform.abs()
     peak = float(magnitude.max())
@@ -68,8 +74,16 @@ def clipped_share(waveform: torch.Tensor) -> float:
         return 0.0
     full = int((magnitude >= FULL_SCALE).sum())
     same = waveform[:, 1:] == waveform[:, :-1]
-    flat = same[:, 1:] & same[:, :-1] & (magnitude[:, FLAT_SAMPLES - 1 :] >= FLAT_TOP * peak)
-    return max(full, int(flat.sum())) / magnitude.numel()
+    flat = int((same[:, 1:] & same[:, :-1] & (magnitude[:, FLAT_SAMPLES - 1 :] >= FLAT_TOP * peak)).sum())
+    return max(full, flat, _crowd(magnitude)) / magnitude.numel()
+
+
+def _crowd(magnitude: torch.Tensor) -> int:
+    """How many samples lie in the last tenth below the ceiling, or above it; 0 unless they crowd there."""
+    some = magnitude.flatten()[:: max(1, magnitude.numel() // SAMPLES)]
+    ceiling = float(some.kthvalue(max(1, round(CEILING * len(some)))).values)
+    above, below = (int((magnitude >= share * ceiling).sum()) for share in (0.9, 0.8))
+    return above if above > CROWD * magnitude.numel() and above > CROWDED * (below - above) else 0
 
 
 # ---------------------------------------------------------------- picture
@@ -79,7 +93,7 @@ def frozen_spans(changes: torch.Tensor, fps: float, shortest: float = FROZEN_SEC
     """Where the picture stands still for at least ``shortest`` seconds.
 
     ``changes`` (F - 1,): from each frame to the next, the largest mean change of any block of 16 pixels a side of a
-    picture 192 pixels long, 0..1. Below 0.4 of 255 levels it is the same picture; a still one under fresh noise is not.
+    picture 192 pixels long, 0..1. Below 0.8 of 255 levels it is the same picture; a still one under fresh noise is not.
     """
     spans = _runs(changes < UNCHANGED, fps, shortest - 1 / fps)
     return [(begin, end + 1 / fps) for begin, end in spans]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -96,13 +97,13 @@ def split_speech(segments: Sequence[Span], shares: Sequence[float]) -> list[list
     if len(segments) < len(shares):
         return _cut_at(segments, wanted)
     spoken, pauses, done = [], [], 0.0
-    for (begin, end), (after, _) in zip(segments, segments[1:], strict=False):
+    for (begin, end), (after, _) in pairwise(segments):
         done += end - begin
         spoken.append(done)
         pauses.append(after - end)
     cuts = _best_cuts(spoken, pauses, wanted, total)
     bounds = [0, *(cut + 1 for cut in cuts), len(segments)]
-    return [list(segments[begin:end]) for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [list(segments[begin:end]) for begin, end in pairwise(bounds)]
 
 
 def _best_cuts(spoken: list[float], pauses: list[float], wanted: list[float], total: float) -> list[int]:

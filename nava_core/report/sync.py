@@ -68,8 +68,8 @@ def onset_strength(waveform: torch.Tensor, sample_rate: int) -> torch.Tensor:
         return torch.zeros(count)
     levels = torch.log10(energies / loudest + FLOOR)
     rises = (levels[1:] - levels[:-1]).clamp(min=0).sum(dim=1)
-    # A window's edge meets a sound half a window before its centre does.
-    flux = torch.nn.functional.pad(rises, (2, 0))[:count]
+    # A window meets a sound before its centre does: the rise to a value belongs half to that one, half to the next.
+    flux = (torch.nn.functional.pad(rises, (1, 0)) + torch.nn.functional.pad(rises, (2, -1))) / 2
     return (flux - _local_mean(flux)).clamp(min=0)
 
 
@@ -108,7 +108,7 @@ def _local_mean(curve: torch.Tensor) -> torch.Tensor:
 
 
 def block_flow(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Where each cell of a frame went: optical flow by phase correlation, (F, cells, 2) in pixels to the right and down.
+    """Where each cell of a frame went: optical flow by phase correlation, (F, cells, 2) in pixels right and down.
 
     ``before`` and ``after`` (F, H, W) grey in 0..1. Cells are 32 pixels a side, half of them shared with the next, and
     followed by up to 12 pixels; one that did not change has gone nowhere.
@@ -152,10 +152,12 @@ def accent_strength(flow: torch.Tensor, difference: torch.Tensor) -> torch.Tenso
 
 
 def _salient(curve: torch.Tensor) -> torch.Tensor:
-    """What stands out of a curve from 0, of length 1."""
+    """What stands out of a curve from 0, of length 1; compressed, lest one great jump hides everything else."""
     curve = (curve - curve.median()).clamp(min=0)
-    length = float(curve.norm())
-    return curve / length if length > 1e-6 else torch.zeros_like(curve)
+    if float(curve.max()) < 1e-6:
+        return torch.zeros_like(curve)
+    curve = torch.log1p(curve / curve.mean())
+    return curve / curve.norm()
 
 
 # ---------------------------------------------------------------- both
