@@ -6,6 +6,7 @@ from .decode import DECODE_NODES
 from .latents import LATENT_NODES
 from .loaders import LOADER_NODES
 from .prompt import PROMPT_NODES
+from .report import REPORT_NODES
 from .runtime import RUNTIME_NODES
 from .sampling import SAMPLING_NODES
 from .timbre import TIMBRE_NODES
@@ -23,4 +24,5 @@ class NavaExtension(ComfyExtension):
             *LATENT_NODES,
             *SAMPLING_NODES,
             *DECODE_NODES,
+            *REPORT_NODES,
         ]

@@ -116,7 +116,7 @@ def _job(args: argparse.Namespace) -> Any:
     prompt = _prompt(args)
     here = Path.cwd()
     try:
-        voices, bindings = _voices(args.voice)
+        voices, bindings = bound_voices(args.voice)
         return make_job(
             prompt,
             defaults=defaults,
@@ -141,7 +141,7 @@ def _prompt(args: argparse.Namespace) -> str:
         raise UsageError(f"--prompt-file: {args.prompt_file}: {error.strerror}.") from None
 
 
-def _voices(given: list[str]) -> tuple[list[str], dict[int, int] | None]:
+def bound_voices(given: list[str]) -> tuple[list[str], dict[int, int] | None]:
     """The voices' paths and, where they are bound, {span: voice}, both counted from 0."""
     found = [BOUND.fullmatch(text) for text in given]
     if not any(found):
