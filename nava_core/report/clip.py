@@ -43,7 +43,7 @@ LENGTH_SECONDS = 0.1  # between the lengths of picture and sound
 # Figures from which on something is worth a note
 QUIET = -40.0  # LUFS
 HOT = -1.0  # dBTP
-CLEARLY = 0.02  # cosine by which a voice must be nearer to its own reference than to another one
+CLEARLY = 0.02  # cosine by which a voice must be nearer to one reference than to another
 
 UNSPACED_WEIGHT = 3  # a Chinese character takes about as long to say as three letters
 SOUND_STEPS = 6
@@ -313,7 +313,10 @@ def _measure_sync(report: ClipReport, onsets: torch.Tensor, curves: PictureCurve
     sync = measure_sync(onsets, curves.accents, report.fps)
     if sync is None:
         report.values["sync"] = None
-        report.notes.append("Whether sounds fall on motion cannot be said: nothing begins in the sound or picture.")
+        report.notes.append(
+            "Whether sounds fall on motion cannot be said: the clip is shorter than a second, or nothing begins in its "
+            "sound or its picture."
+        )
         return
     report.values["sync"] = {
         "lag_ms": 1000 * sync.lag,
@@ -373,10 +376,10 @@ def _measure_speech(report, waveform, rate, speech, groups, binding, voices, enc
             if span is not None and span.voice is not None and span.resembles != span.voice
         ]
         _fault(report, "voices", f"The voices did not come in order: {', '.join(wrong)}")
-    elif values["in_order"] and any(_is_close(span) for span in spans):
+    if values["in_order"] is not None and any(_is_close(span) for span in spans):
         report.notes.append(
-            f"Some spans are nearer to their own reference by less than {CLEARLY} than to another: take their order "
-            "with caution."
+            f"Some spans are about as near to one reference as to another, within {CLEARLY}: take the order of the "
+            "voices with caution."
         )
 
 
@@ -384,7 +387,7 @@ def _is_close(span) -> bool:
     if span is None or span.voice is None or len(span.similarities) < 2:
         return False
     others = [value for index, value in enumerate(span.similarities) if index != span.voice]
-    return span.similarity - max(others) < CLEARLY
+    return abs(span.similarity - max(others)) < CLEARLY
 
 
 def _measure_words(report: ClipReport, expected: str, transcript: str) -> None:

@@ -62,10 +62,11 @@ def locale(language: str, file: str = "nodeDefs") -> dict:
 
 
 def inputs(node: dict) -> dict:
-    """Type and options of each input by its name."""
+    """Type and options of each input by its name, without those that the host fills in itself."""
     return {
         name: (spec[0], spec[1] if len(spec) > 1 else {})
-        for part in node["input"].values()
+        for kind, part in node["input"].items()
+        if kind != "hidden"
         for name, spec in part.items()
     }
 
