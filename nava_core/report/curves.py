@@ -44,24 +44,28 @@ def picture_curves(frames: torch.Tensor, step: Callable[[], None] = lambda: None
     wanted = set(torch.linspace(0, len(frames) - 1, min(THUMBNAILS, len(frames))).round().int().tolist())
     brightness, differences, changes, flows, thumbnails = [], [], [], [], []
     broken, last, done = 0, None, 0
+    shrink = _Shrinker(*frames.shape[1:3])
     for chunk in frames.split(CHUNK):
         step()
-        broken += not_finite(chunk)
-        small = small_frames(chunk)
-        thumbnails += [small[index] for index in range(len(small)) if done + index in wanted]
+        broken += sum(not_finite(frame) for frame in chunk)
+        small = shrink(chunk)
+        thumbnails += [small[index].clone() for index in range(len(small)) if done + index in wanted]
         grey = (small * torch.tensor(LUMA)).sum(dim=-1)
         brightness.append(grey.mean(dim=(1, 2)))
         run = grey if last is None else torch.cat([last, grey])
+        last, done = grey[-1:], done + len(chunk)
+        if len(run) < 2:
+            continue
         change = (run[1:] - run[:-1]).abs()
         differences.append(change.mean(dim=(1, 2)))
         changes.append(torch.nn.functional.avg_pool2d(change[:, None], BLOCK, ceil_mode=True).flatten(1).amax(dim=1))
         flows.append(block_flow(run[:-1], run[1:]))
-        last, done = grey[-1:], done + len(chunk)
-    flow, difference = torch.cat(flows), torch.cat(differences)
+    nothing = torch.zeros(0)
+    flow, difference = torch.cat(flows or [torch.zeros(0, 1, 2)]), torch.cat(differences or [nothing])
     return PictureCurves(
         brightness=torch.cat(brightness),
         differences=difference,
-        changes=torch.cat(changes),
+        changes=torch.cat(changes or [nothing]),
         motion=100 * flow.norm(dim=-1).mean(dim=1) / max(last.shape[1:]),
         accents=accent_strength(flow, difference) if len(flow) > 1 else torch.zeros(done),
         thumbnails=(torch.stack(thumbnails) * 255).round().to(torch.uint8),
@@ -69,14 +73,24 @@ def picture_curves(frames: torch.Tensor, step: Callable[[], None] = lambda: None
     )
 
 
-def small_frames(frames: torch.Tensor) -> torch.Tensor:
-    """``frames`` (f, H, W, 3) in 0..1, each pixel the mean of those it stands for, at most 192 pixels a side."""
-    values = frames[..., :3].detach().cpu().float()
-    values = values / 255 if frames.dtype == torch.uint8 else values.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
-    height, width = small_size(frames.shape[1], frames.shape[2])
-    if (height, width) == tuple(frames.shape[1:3]):
-        return values
-    return torch.nn.functional.interpolate(values.movedim(-1, 1), (height, width), mode="area").movedim(1, -1)
+class _Shrinker:
+    """Makes frames small one by one, in one buffer: memory for many large ones would be left in pieces."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.size = small_size(height, width)
+        self.buffer = torch.empty(1, 3, height, width)
+
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames (f, H, W, 3) in 0..1 as (f, h, w, 3) fp32, each pixel the mean of those it stands for."""
+        return torch.stack([self._small(frame) for frame in frames])
+
+    def _small(self, frame: torch.Tensor) -> torch.Tensor:
+        self.buffer.copy_(frame[..., :3].detach().movedim(-1, 0))
+        if frame.is_floating_point():
+            self.buffer.nan_to_num_(0.0, 0.0, 0.0).clamp_(0, 1)
+        else:
+            self.buffer.div_(255)
+        return torch.nn.functional.interpolate(self.buffer, self.size, mode="area")[0].movedim(0, -1).contiguous()
 
 
 def small_size(height: int, width: int) -> tuple[int, int]:

@@ -35,9 +35,9 @@ RETURN_SECONDS = 0.25
 
 def not_finite(tensor: torch.Tensor) -> int:
     """How many values of ``tensor`` are NaN or infinite; 0 for whole numbers."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or bool(tensor.float().sum().isfinite()):
         return 0
-    return sum(int((~part.isfinite()).sum()) for part in tensor.split(64))
+    return int((~tensor.isfinite()).sum())
 
 
 # ---------------------------------------------------------------- sound
@@ -115,14 +115,16 @@ def flicker(brightness: torch.Tensor, fps: float) -> Flicker:
     """
     steps = brightness.diff()
     reach = max(1, round(RETURN_SECONDS * fps))
-    times, largest = [], 0.0
-    for index, step in enumerate(steps.tolist()):
-        if abs(step) < JUMP:
-            continue
-        after = steps[index + 1 : index + 1 + reach] * math.copysign(1.0, step)
-        if len(after) and float(after.min()) <= -RETURN * abs(step):
+    times, largest, index = [], 0.0, 0
+    while index < len(steps):
+        jump = float(steps[index])
+        back = steps[index + 1 : index + 1 + reach] * -math.copysign(1.0, jump)
+        returns = (back >= RETURN * abs(jump)).nonzero() if abs(jump) >= JUMP else ()
+        if len(returns):
             times.append((index + 1) / fps)
-            largest = max(largest, abs(step))
+            largest = max(largest, abs(jump))
+            index += 1 + int(returns[0])
+        index += 1
     return Flicker(tuple(times), largest)
 
 

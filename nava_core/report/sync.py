@@ -64,7 +64,7 @@ def onset_strength(waveform: torch.Tensor, sample_rate: int) -> torch.Tensor:
     count = int(waveform.shape[1] / sample_rate * RATE) + 1
     energies = torch.cat(list(_band_energies(waveform, sample_rate, count)))
     loudest = float(energies.max())
-    if loudest <= 0:
+    if loudest <= 0 or count < 3:
         return torch.zeros(count)
     levels = torch.log10(energies / loudest + FLOOR)
     rises = (levels[1:] - levels[:-1]).clamp(min=0).sum(dim=1)
