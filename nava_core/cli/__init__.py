@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from ..explain import explain
-from . import batch, decode, demo, files, generate, report
+from . import batch, decode, demo, files, generate, report, voice
 from .options import UsageError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -30,6 +30,7 @@ DESCRIPTION = """NAVA without a host: video and its sound from one prompt, from 
   nava batch clips.jsonl --out clips --models models      many clips
   nava decode clip.latents.safetensors --models models    a clip from latents that were kept
   nava report clip.mp4                        how loud, in time, in the right voice; what is broken
+  nava voice make anna.wav --models models    a voice that stays: kept in a small file, listed, blended with others
   nava convert NAVA.safetensors NAVA_fp8.safetensors      a backbone in another type
 
 `nava COMMAND --help` has the options and examples of each."""
@@ -53,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (generate, batch, decode, report, files, demo):
+    for module in (generate, batch, decode, report, voice, files, demo):
         for command in module.COMMANDS:
             added = commands.add_parser(
                 command.name,

@@ -38,7 +38,8 @@ DESCRIPTION = """A clip for every line of FILE, the models being loaded once. A 
 
   prompt (or text, txt)       the prompt, speech written as <S>words<E> (the one key that must be there)
   image_path                  the first frame
-  spk_wavs                    list of reference voices: one for all spans, or one a span, null (or "None") for none
+  spk_wavs                    list of reference voices: one for all spans, or one a span, null (or "None") for none;
+                              recordings, or files of `nava voice`
   seconds, width, height      as --seconds and --size
   image_scale                 as --image-scale
   seed, steps, negative       as the options of those names (negative: a text, "default" or "zero")

@@ -47,8 +47,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[SPAN=]FILE",
-        help="a reference voice, as often as needed: one for all speech spans, one for each in their order, or bound "
-        'to spans counted from 1 ("2=her.wav", "1,3=him.wav"); a name that begins like that is written "./1=x.wav"',
+        help="a reference voice, a recording or a file of `nava voice`, as often as needed: one for all speech spans, "
+        'one for each in their order, or bound to spans counted from 1 ("2=her.wav", "1,3=him.wav"); a name that '
+        'begins like that is written "./1=x.wav"',
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the file to write, .mp4 or .wav (default: a new nava_SEED.mp4 here)"

@@ -66,8 +66,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[N=]FILE",
-        help="a reference recording, as often as needed, as for `nava generate`: one for all spans, one for each in "
-        "their order, or bound to spans by number (1=FILE)",
+        help="a reference recording or saved voice, as often as needed, as for `nava generate`: one for all spans, one for "
+        "each in their order, or bound to spans by number (1=FILE)",
     )
     voices.add_argument("--models", type=Path, metavar="FOLDER", help="the speaker encoder is sought in it")
     voices.add_argument("--speaker-encoder", type=Path, metavar="FILE", help=MODEL_ROLES[ENCODER])
@@ -231,17 +231,26 @@ def _assignment(bindings: dict[int, int], spans: int) -> list[int | None]:
 
 
 def _encoded(args: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
-    """The reference voices' embeddings, and what makes one of a sound."""
+    """The reference voices' embeddings, and what makes one of a sound. Raises ValueError for a saved voice of another
+    speaker encoder."""
     from ..media import read_audio
     from ..timbre import encode_timbre, load_redimnet
+    from ..voices import open_voice
 
     if args.models is None and args.speaker_encoder is None:
         raise UsageError("--voice: voices are compared by the speaker encoder: give --speaker-encoder FILE.")
     file = getattr(model_files(args, [ENCODER]), ENCODER)
     if file is None:
         raise UsageError(f"--models: there is no speaker encoder in {args.models}: give --speaker-encoder FILE.")
-    encode: Callable[..., Any] = partial(encode_timbre, load_redimnet(file))
-    return {"voices": [encode(*read_audio(path, VOICE_SECONDS)) for path in paths], "encode": encode}
+    encoder = load_redimnet(file)
+    encode: Callable[..., Any] = partial(encode_timbre, encoder)
+    voices = []
+    for path in paths:
+        saved = open_voice(path)
+        if saved is not None:
+            saved.check_encoder(encoder)
+        voices.append(encode(*read_audio(path, VOICE_SECONDS)) if saved is None else saved.timbre)
+    return {"voices": voices, "encode": encode}
 
 
 def _command(text: str) -> list[str]:

@@ -28,9 +28,10 @@ from ..media import read_audio, read_image
 from ..prompt import PromptTokenizer, TokenizedPrompt, bind_voices
 from ..sampling import Guidance, denoise
 from ..timbre import check_voice, encode_timbre, load_redimnet
+from ..voices import SavedVoice, check_one_encoder, open_voice, voice_of
 from .memory import Components
 
-Voice = str | os.PathLike | torch.Tensor | tuple[torch.Tensor, int]
+Voice = str | os.PathLike | torch.Tensor | SavedVoice | tuple[torch.Tensor, int]
 
 BATCH_TOKENS = 8192  # up to here a GPU is faster with several predictions in one pass
 VOICE_SECONDS = 600.0  # read of a recording; the encoder takes 30 s of it
@@ -128,21 +129,30 @@ def tokenize_negative(tokenizer: PromptTokenizer, negative: str, warnings: list[
 
 def check_speaker_encoder(path: Path | None, voices: Sequence[Voice]) -> None:
     """Raise ValueError where a voice is a recording and there is nothing to encode it with."""
-    if path is None and not all(_is_embedding(voice) for voice in voices):
+    if path is None and any(_is_recording(_opened(voice)) for voice in voices):
         raise ValueError(
             "A reference voice needs the speaker encoder: give M-vb2+vox2+cnc-ft_mix.pt as speaker_encoder."
         )
 
 
 def encode_voices(speaker_encoder: Path | None, voices: Sequence[Voice], warnings: list[str]) -> list[torch.Tensor]:
-    """(1, 192) for each voice; what weakens one is added to ``warnings``. Small, so it runs on the CPU."""
-    if not voices or all(_is_embedding(voice) for voice in voices):
-        return list(voices)
-    encoder = load_redimnet(speaker_encoder)
+    """(1, 192) for each voice; what weakens one is added to ``warnings``. Small, so it runs on the CPU.
+
+    Saved voices are checked against the speaker encoder where there is one, else against each other: raises
+    VoiceError, in a sentence, for one of another encoder.
+    """
+    voices = [_opened(voice) for voice in voices]
+    saved = [voice for voice in voices if isinstance(voice, SavedVoice)]
+    check_one_encoder(saved)
+    encoder = None
+    if speaker_encoder is not None and (saved or any(_is_recording(voice) for voice in voices)):
+        encoder = load_redimnet(speaker_encoder)
+        for voice in saved[:1]:
+            voice.check_encoder(encoder)
     timbres = []
     for number, voice in enumerate(voices, start=1):
-        if _is_embedding(voice):
-            timbres.append(voice)
+        if not _is_recording(voice):
+            timbres.append(voice.timbre if isinstance(voice, SavedVoice) else voice)
             continue
         waveform, rate = voice if isinstance(voice, tuple) else read_audio(voice, VOICE_SECONDS)
         timbres.append(encode_timbre(encoder, waveform, rate))
@@ -269,5 +279,12 @@ def _text_width(components: Components) -> int:
     return describe_file(components.files.backbone).model_tensors["text_embedding.0.weight"].shape[1]
 
 
-def _is_embedding(voice: Voice) -> bool:
-    return torch.is_tensor(voice)
+def _opened(voice: Voice) -> Voice:
+    """A voice that was saved, or made by one's own encoder, as such; others as they are."""
+    if isinstance(voice, (str, os.PathLike)):
+        return open_voice(voice) or voice
+    return voice_of(voice) or voice if torch.is_tensor(voice) else voice
+
+
+def _is_recording(voice: Voice) -> bool:
+    return not torch.is_tensor(voice) and not isinstance(voice, SavedVoice)

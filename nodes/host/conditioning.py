@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...nava_core.prompt import bind_voices, clean_text, span_voices, timbre_inputs
+from ...nava_core.voices import check_one_encoder
 from .model import TIMBRE, TIMBRE_POSITIONS
 from .text_encoder import encode_conditioning, encode_ids, prompt_tokenizer
 
@@ -13,7 +14,8 @@ def encode_prompt(clip, prompt: str, voices=(), spans=None) -> tuple[list, str, 
     """(CONDITIONING, report, warnings) of a prompt; an empty one gives the all-zero context.
 
     ``voices``: timbres (1, 192), bound to the spans by order, or ``spans`` (SpanSpec with their own timbres), bound
-    by object. Raises ValueError where voices and spans do not fit, or spans are not the prompt's.
+    by object. Raises ValueError where voices and spans do not fit, or spans are not the prompt's, and where the
+    voices were made with different speaker encoders.
     """
     if not prompt.strip():
         if voices or any(span.timbre is not None for span in spans or []):
@@ -22,6 +24,7 @@ def encode_prompt(clip, prompt: str, voices=(), spans=None) -> tuple[list, str, 
         return [[torch.zeros_like(context), {}]], "Empty: the null the model was trained with.", []
     tokenized = prompt_tokenizer(clip)(prompt)
     voices, assignment = _voices(tokenized, list(voices), spans)
+    check_one_encoder(voices)
     binding = bind_voices(tokenized.spans, voices, assignment)
     timbre, positions = timbre_inputs(tokenized, voices, assignment)
     extras = {} if timbre is None else {TIMBRE: timbre, TIMBRE_POSITIONS: positions}

@@ -14,6 +14,7 @@ import torch
 
 from ...nava_core.report import report_clip
 from ...nava_core.timbre import encode_timbre
+from ...nava_core.voices import voice_of
 
 
 def report_on(
@@ -28,7 +29,7 @@ def report_on(
     """(IMAGE of the report (1, H, W, 3), its text, its JSON) of one clip.
 
     ``frames`` (F, H, W, 3) and ``audio``, an AUDIO of one clip; either may be None. Raises ValueError, in a sentence,
-    for what cannot be measured.
+    for what cannot be measured, and for voices that another speaker encoder made.
     """
     if frames is None and audio is None:
         raise ValueError("There is nothing to measure: connect frames, audio, or both.")
@@ -38,6 +39,8 @@ def report_on(
         )
     if voices and speaker_encoder is None:
         raise ValueError("Voices are compared by a speaker encoder: connect NAVA Load Speaker Encoder too.")
+    for voice in filter(None, map(voice_of, voices)):
+        voice.check_encoder(speaker_encoder)
     progress = comfy.utils.ProgressBar(1)
 
     def each_step(step: int, steps: int) -> None:
