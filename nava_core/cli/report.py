@@ -66,8 +66,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[N=]FILE",
-        help="a reference recording or saved voice, as often as needed, as for `nava generate`: one for all spans, one for "
-        "each in their order, or bound to spans by number (1=FILE)",
+        help="a reference recording or saved voice, as often as needed, as for `nava generate`: one for all spans, one "
+        "for each in their order, or bound to spans by number (1=FILE)",
     )
     voices.add_argument("--models", type=Path, metavar="FOLDER", help="the speaker encoder is sought in it")
     voices.add_argument("--speaker-encoder", type=Path, metavar="FILE", help=MODEL_ROLES[ENCODER])

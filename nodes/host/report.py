@@ -14,7 +14,7 @@ import torch
 
 from ...nava_core.report import report_clip
 from ...nava_core.timbre import encode_timbre
-from ...nava_core.voices import voice_of
+from ...nava_core.voices import encoder_fingerprint, voice_of
 
 
 def report_on(
@@ -39,8 +39,7 @@ def report_on(
         )
     if voices and speaker_encoder is None:
         raise ValueError("Voices are compared by a speaker encoder: connect NAVA Load Speaker Encoder too.")
-    for voice in filter(None, map(voice_of, voices)):
-        voice.check_encoder(speaker_encoder)
+    _check_encoder(voices, speaker_encoder)
     progress = comfy.utils.ProgressBar(1)
 
     def each_step(step: int, steps: int) -> None:
@@ -59,3 +58,10 @@ def report_on(
         callback=each_step,
     )
     return report.picture()[None].float() / 255, report.text, report.to_json()
+
+
+def _check_encoder(voices: Sequence[torch.Tensor], speaker_encoder) -> None:
+    known = [voice for voice in map(voice_of, voices) if voice is not None]
+    fingerprint = encoder_fingerprint(speaker_encoder) if known else ""
+    for voice in known:
+        voice.check_encoder(fingerprint)

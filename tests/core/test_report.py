@@ -36,6 +36,7 @@ from nava_core.report.curves import picture_curves
 from nava_core.timbre import encode_timbre, load_redimnet
 from nava_core.timbre.resample import find_torchaudio, resample
 from nava_core.video_files import read_video
+from nava_core.voices import SavedVoice, make_voice
 
 RATE, FPS = 48_000, 24
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -651,6 +652,21 @@ def test_any_recogniser_and_the_voices_on_the_command_line(nava, tmp_path):
     code, _, err = nava("talk.wav", "--prompt", TWO, "--asr", asr)
     assert code == 1
     assert "failed with exit code 3" in err
+
+
+def test_saved_voices_serve_if_the_same_encoder_made_them(nava, tmp_path):
+    write_wav(tmp_path / "talk.wav", talk(hum(110, 1.2)), 16000)
+    encoder = GOLDEN / "redimnet_small.pt"
+    voice = make_voice(load_redimnet(encoder), LOW, 16000, name="He")
+    voice.save(tmp_path / "he.safetensors")
+    options = ("--voice", "he.safetensors", "--speaker-encoder", encoder)
+    code, out, err = nava("talk.wav", *options)
+    assert code == 0, err
+    assert "similarity 0.9" in out or "similarity 1.0" in out
+    SavedVoice(voice.timbre, "0" * 32, 1.5, "He").save(tmp_path / "he.safetensors", overwrite=True)
+    code, _, err = nava("talk.wav", *options)
+    assert code == 1
+    assert "made with another speaker encoder" in err
 
 
 @pytest.mark.parametrize(
