@@ -75,7 +75,9 @@ class Drawing:
 class ClipReport:
     """What came out: ``values`` by measure, ready for JSON; ``faults``, and ``notes`` worth knowing.
 
-    ``seconds`` of the longer one of picture and sound.
+    ``seconds`` of the longer one of picture and sound. ``values`` has ``picture``, ``frozen`` and ``flicker`` of a clip
+    with a picture, ``sound`` and ``speech`` of one with sound, ``sync`` of one with both (None where it cannot be
+    said), ``words`` where there is a transcript; times are in seconds, but ``lag_ms`` is in milliseconds.
     """
 
     name: str
@@ -252,7 +254,7 @@ def _measure_picture(report: ClipReport, frames: torch.Tensor, steps: _Steps) ->
         "motion": float(curves.motion.mean()) if len(curves.motion) else 0.0,
     }
     if curves.not_finite:
-        _fault(report, "not finite", f"{curves.not_finite} values of the picture are NaN or infinite")
+        _fault(report, "not finite", f"NaN or infinity in the picture, {curves.not_finite} value(s)")
     frozen = frozen_spans(curves.changes, report.fps)
     share = sum(end - begin for begin, end in frozen) * report.fps / len(frames)
     report.values["frozen"] = {"share": min(share, 1.0), "spans": frozen}
@@ -289,7 +291,7 @@ def _measure_sound(report: ClipReport, waveform: torch.Tensor, rate: int, steps:
         "silent_spans": silent_spans(levels),
     }
     if broken:
-        _fault(report, "not finite", f"{broken} values of the sound are NaN or infinite")
+        _fault(report, "not finite", f"NaN or infinity in the sound, {broken} value(s)")
     if silent >= SILENT_SHARE:
         _fault(report, "silence", f"{100 * silent:.0f} % of the sound is silent (below -60 dBFS)")
     else:

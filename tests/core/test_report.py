@@ -329,8 +329,8 @@ def test_one_value_that_is_not_finite_is_a_fault_and_all_else_is_measured(good):
     frames[7, 3, 2, 1], sound[0, 100] = float("nan"), float("inf")
     report = report_clip(frames, sound, RATE)
     assert [fault.text for fault in report.faults] == [
-        "1 values of the picture are NaN or infinite.",
-        "1 values of the sound are NaN or infinite.",
+        "NaN or infinity in the picture, 1 value(s).",
+        "NaN or infinity in the sound, 1 value(s).",
     ]
     assert report.values["sound"]["loudness_lufs"] < 0
     assert json.loads(report.to_json())["sync"]["lag_ms"] == pytest.approx(0, abs=10)
