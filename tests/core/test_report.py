@@ -464,7 +464,7 @@ def test_the_small_speaker_encoder_keeps_two_very_unlike_voices_apart(tmp_path):
         ("It's half past nine.", "it’s past nine now", "word", (0, 1, 1)),
         ("one two three", "", "word", (0, 3, 0)),
         ("one", "one one one", "word", (0, 0, 2)),
-        ("one two", "two three", "word", (0, 1, 1)),
+        ("no one two", "no two three", "word", (0, 1, 1)),
         ("早上好，安娜！", "早上好 安娜", "character", (0, 0, 0)),
         ("今天天气很好。", "今天天汽好", "character", (1, 1, 0)),
         ("ＡＢＣ 123", "abc 123", "word", (0, 0, 0)),
