@@ -21,6 +21,7 @@ _EXPORTS = {
         "find_model_files",
     ),
     "prompt": ("PromptTokenizer", "SpeechSpan", "StructuredPrompt", "default_negative", "parse_spans"),
+    "report": ("ClipReport", "report_clip", "report_file"),
     "sampling": ("FlowEuler", "FlowUniPC", "Guidance", "denoise", "flow_sigmas"),
     "timbre": ("check_voice", "encode_timbre", "load_redimnet"),
     "voices": ("SavedVoice", "blend_voices", "encoder_fingerprint", "make_voice"),

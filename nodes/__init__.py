@@ -7,6 +7,7 @@ from .given import GIVEN_NODES
 from .latents import LATENT_NODES
 from .loaders import LOADER_NODES
 from .prompt import PROMPT_NODES
+from .report import REPORT_NODES
 from .runtime import RUNTIME_NODES
 from .sampling import SAMPLING_NODES
 from .timbre import TIMBRE_NODES
@@ -25,4 +26,5 @@ class NavaExtension(ComfyExtension):
             *GIVEN_NODES,
             *SAMPLING_NODES,
             *DECODE_NODES,
+            *REPORT_NODES,
         ]

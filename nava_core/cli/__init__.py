@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from ..explain import explain
-from . import batch, decode, demo, extend, files, generate, refine, retake, voice
+from . import batch, decode, demo, extend, files, generate, refine, report, retake, voice
 from .options import UsageError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -32,6 +32,7 @@ DESCRIPTION = """NAVA without a host: video and its sound from one prompt, from 
   nava retake clip.mp4 "..." --from 2 --to 3 --models models      a span of it made again
   nava refine clip.mp4 "..." --denoise 0.4 --models models        a second pass over its picture
   nava decode clip.latents.safetensors --models models    a clip from latents that were kept
+  nava report clip.mp4                        how loud, in time, in the right voice; what is broken
   nava voice make anna.wav --models models    a voice that stays: kept in a small file, listed, blended with others
   nava convert NAVA.safetensors NAVA_fp8.safetensors      a backbone in another type
 
@@ -56,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (generate, batch, extend, retake, refine, decode, voice, files, demo):
+    for module in (generate, batch, extend, retake, refine, decode, report, voice, files, demo):
         for command in module.COMMANDS:
             added = commands.add_parser(
                 command.name,

@@ -169,7 +169,7 @@ def prompt_job(args: argparse.Namespace, **found: Any) -> Any:
     defaults = defaults_of(args)
     prompt = _prompt(args)
     try:
-        voices, bindings = _voices(args.voice)
+        voices, bindings = bound_voices(args.voice)
         return make_job(
             prompt,
             defaults=defaults,
@@ -195,7 +195,7 @@ def _prompt(args: argparse.Namespace) -> str:
         raise UsageError(f"--prompt-file: {args.prompt_file}: {error.strerror}.") from None
 
 
-def _voices(given: list[str]) -> tuple[list[str], dict[int, int] | None]:
+def bound_voices(given: list[str]) -> tuple[list[str], dict[int, int] | None]:
     """The voices' paths and, where they are bound, {span: voice}, both counted from 0."""
     found = [BOUND.fullmatch(text) for text in given]
     if not any(found):
