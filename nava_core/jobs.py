@@ -96,6 +96,7 @@ class Job:
     takes: int = 1
     take: int | None = None  # which of several, from 0
     save_latents: bool = False
+    draft: str | None = None  # what the prompt was rewritten from, where it was
 
     def split(self) -> list[Job]:
         """A job for every take, with the next seed and the take's number, from 0, after its name."""
