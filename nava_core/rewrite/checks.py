@@ -135,7 +135,7 @@ def length_faults(length: Length, language: str) -> list[str]:
 
 
 def shortened(prompt: str, expected: list[str], tokenizer: PromptTokenizer | None = None) -> str | None:
-    """A prompt that is too long, or was broken off, without its last sentences; None where speech would go with them."""
+    """A prompt that is too long, or was broken off, without its last sentences; None if speech would go with them."""
     for end in reversed([found.end() for found in _SENTENCE_END.finditer(prompt)]):
         kept = prompt[:end]
         if speech_faults(kept, expected):

@@ -127,7 +127,7 @@ class ChatServer:
         self._model = settings.model
 
     def ask(self, question: Question, step: Step | None = None) -> Answer:
-        """The model's answer, streamed. Raises RewriteError; BackendMissingError where no server answers or it refuses."""
+        """The model's answer, streamed. Raises RewriteError; BackendMissingError where none answers or it refuses."""
         exchange = _Exchange(self, question)
         pieces: list[str] = []
         begun = heard = time.monotonic()
