@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .assist import ASSIST_NODES
 from .decode import DECODE_NODES
 from .latents import LATENT_NODES
 from .loaders import LOADER_NODES
@@ -20,6 +21,7 @@ class NavaExtension(ComfyExtension):
             *RUNTIME_NODES,
             *TIMBRE_NODES,
             *PROMPT_NODES,
+            *ASSIST_NODES,
             *LATENT_NODES,
             *SAMPLING_NODES,
             *DECODE_NODES,

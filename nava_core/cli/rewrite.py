@@ -15,9 +15,9 @@ MAX_SEED = 2**64 - 1
 
 DESCRIPTION = """A draft of a line or two becomes the dense paragraph that NAVA was trained on: the picture, what
 happens, the camera, the sound. A chat model writes it: one behind an OpenAI-compatible server (vLLM, Ollama,
-llama.cpp), or one in a folder. Speech, written <S>words<E>, given by --speech or said in quotation marks, comes back word for word and in
-order, or the model is asked once more, with the reason; then the draft itself is the answer, with a warning and exit
-code 1. The prompt goes to stdout, all else to stderr."""
+llama.cpp), or one in a folder. Speech, written <S>words<E>, given by --speech or said in quotation marks, comes back
+word for word and in order, or the model is asked once more, with the reason; then the draft itself is the answer, with
+a warning and exit code 1. The prompt goes to stdout, all else to stderr."""
 
 EXAMPLES = """examples:
   nava rewrite "A fisherman hums while mending a net." --server http://127.0.0.1:11434/v1

@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from ..prompt import SPAN_END, SPAN_START, PromptTokenizer, SpanError, parse_spans
 
 TOKEN_LIMIT = 512  # of the text encoder, end token included
-TOKENS_A_LETTER, TOKENS_A_HAN = 0.27, 0.75  # of umt5, measured on prompts of this kind; a little too many
+TOKENS_A_LETTER, TOKENS_A_HAN = 0.27, 0.75  # of umt5, on the safe side
 REPETITIVE = 0.16  # compressed to less than this share, a text says the same again and again
 SHORTEST = 0.6  # of the draft's length
 
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _SAYS = (
-    r"(?:\b(?:says?|said|saying|asks?|asked|asking|shouts?|shouting|whispers?|whispering|repl(?:y|ies|ying)|answers?|"
-    r"answering|calls?(?: out)?|exclaims?|sings?|singing|speaks?|tells?|telling|announces?|murmurs?|yells?|mutters?)\b"
-    r"|[说道喊问答叫唱念讲])"
+    r"(?:\b(?:(?:say|ask|shout|whisper|answer|call|exclaim|sing|speak|tell|announce|murmur|yell|mutter|add)(?:s|ed|ing)?|"
+    r"said|sang|told|spoke|repl(?:y|ies|ied|ying)|cr(?:y|ies|ied|ying))\b|[说道喊问答叫唱念讲])"
 )
-_QUOTED = re.compile(
-    _SAYS + r"([^\"“”「」<>.!?。！？]{0,60})(?:\"([^\"<>]+)\"|“([^“”<>]+)”|「([^「」<>]+)」)", re.IGNORECASE
-)
+_IN_QUOTES = r"(?:\"([^\"<>]+)\"|“([^“”<>]+)”|「([^「」<>]+)」)"
+_QUOTED = re.compile(_SAYS + r"([^\"“”「」<>.!?。！？]{0,60})" + _IN_QUOTES, re.IGNORECASE)
 _REFUSAL = re.compile(
     r"^(?:i['’]?m sorry|sorry\b|i can(?:no|['’])t|i am (?:unable|sorry)|as an ai\b|抱歉|对不起|我无法|很遗憾)", re.I
 )

@@ -71,10 +71,8 @@ class LocalChat:
         try:
             text = self._reader.apply_chat_template(messages, **settings)
         except Exception as error:  # the template is the model's own, and some take no system turn
-            merged = [
-                {**messages[1], "content": _joined(messages[0]["content"], messages[1]["content"])},
-                *messages[2:],
-            ]
+            system, first, *later = messages
+            merged = [{**first, "content": _joined(system["content"], first["content"])}, *later]
             try:
                 text = self._reader.apply_chat_template(merged, **settings)
             except Exception:
