@@ -108,21 +108,9 @@ class NavaRewritePrompt(io.ComfyNode):
         return state_of(draft, language, backend, seed)
 
     @classmethod
-    def execute(
-        cls,
-        draft,
-        language,
-        backend,
-        seed,
-        temperature,
-        max_tokens,
-        mode=BOTH,
-        clip=None,
-        image=None,
-        text_encoder=None,
-    ) -> io.NodeOutput:
+    def execute(cls, draft, language, backend, seed, temperature, max_tokens, mode=BOTH, **links) -> io.NodeOutput:
         job = Draft(draft, language, MODES[mode], seed=seed, temperature=temperature, max_tokens=max_tokens)
-        result = rewrite_prompt(job, backend, clip, image, text_encoder)
+        result = rewrite_prompt(job, backend, **links)
         report = result.report()
         if result.warning:
             logging.warning("NAVA rewrite: %s", report)

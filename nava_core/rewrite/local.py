@@ -103,7 +103,7 @@ class LocalChat:
             self._reader = reader.from_pretrained(str(self.folder), **source)
             model = kind.from_pretrained(str(self.folder), use_safetensors=True, torch_dtype="auto", **source)
             self._model = model.eval().to(device)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except Exception as error:  # of as many types as there are libraries below
             self._model = None
             raise BackendMissingError(
                 f"{self.folder} is no chat model that transformers can load: {_line(error)}."

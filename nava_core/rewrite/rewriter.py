@@ -145,6 +145,7 @@ class _Rewriting:
         """The draft as it is."""
         length = measure(self.text, self.tokenizer)
         draft = self.draft.text
+        why = why if why.endswith((".", "?", "!", "…")) else f"{why}."
         return Rewritten(draft, draft, self.backend.name, length, self.asked, " ".join(why.split()))
 
     def _question(self) -> Question:

@@ -152,8 +152,8 @@ def choose_backend(choice: str, clip=None):
 
 
 def rewrite_prompt(draft: Draft, choice: str, clip=None, image=None, text_encoder=None) -> Rewritten:
-    """The dense prompt of a draft, or the draft itself with a warning. ``image``: IMAGE (B, H, W, C), of which the first
-    is the clip's first frame; ``text_encoder``: umt5, for the exact length.
+    """The dense prompt of a draft, or the draft itself with a warning. ``image``: IMAGE (B, H, W, C), of which the
+    first is the clip's first frame; ``text_encoder``: umt5, for the exact length.
 
     What a server answered is remembered for as long as the host runs. Raises ValueError for a draft that is empty or
     whose speech marks do not pair up, and for a text encoder that is not umt5.
