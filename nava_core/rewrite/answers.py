@@ -12,12 +12,15 @@ _CONTROL = re.compile(r"<\|[^<>|]{1,40}\|>|<(?:start|end)_of_turn>|</?s>\s*$")
 _FENCED = re.compile(r"```[\w-]*[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
 _START_MARK = re.compile(r"<\s*[sS]\s*>")
 _END_MARK = re.compile(r"<\s*(?:/\s*[sSeE]|[eE])\s*>")
+_NAMED = r"(?:prompt|version|rewrite|rewritten|paragraph|description|caption|text|result|answer|draft)"
 _LABEL = re.compile(
     r"^[\s>#*_\d.)•\-–]*(?:"
     r"(?:(?:sure|certainly|of course|okay|ok|absolutely|great)\b[^\n:]{0,40}[,.!]\s*)?"
-    r"(?:here(?:'s|’s| is| are)\b[^\n:]{0,100}|(?:the\s+)?(?:rewritten|final|finished|revised|enhanced|expanded|dense|"
-    r"improved)\s+(?:prompt|version|paragraph)|(?:video\s+)?prompt|output|answer)"
-    r"|(?:好的[，,。！!]?)?\s*(?:以下|下面|这)是?[^\n：:]{0,40}|(?:改写|完整|最终|润色)后?的?提示词|提示词"
+    rf"(?:here(?:'s|’s| is| are)\b[^\n:]{{0,60}}?\b{_NAMED}\b[^\n:]{{0,40}}|here (?:it is|you (?:go|are))|(?:the\s+)?"
+    r"(?:rewritten|final|finished|revised|enhanced|expanded|dense|improved)\s+(?:prompt|version|paragraph)|"
+    r"(?:video\s+)?prompt|output|answer)"
+    r"|(?:好的[，,。！!]?)?\s*(?:以下|下面|这)是?[^\n：:]{0,30}(?:提示词|版本|描述|结果|内容|段落)[^\n：:]{0,10}"
+    r"|(?:改写|完整|最终|润色)后?的?提示词|提示词"
     r")[*_]*\s*[:：][*_]*\s*",
     re.IGNORECASE,
 )

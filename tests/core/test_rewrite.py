@@ -142,6 +142,8 @@ def test_the_instruction_follows_the_mode():
         ("so I write it</think>A man walks.", "A man walks."),
         ("<think>and on and on", ""),
         ("Sure! Here is the rewritten prompt:\n\nA man walks.", "A man walks."),
+        ("Sure, here it is:\n\nA man walks.", "A man walks."),
+        ("Here is a man: he walks.", "Here is a man: he walks."),
         ("Certainly.\n\nA man walks.\n\nLet me know if you want changes!", "A man walks."),
         ("**Prompt:** A man walks.\n\n---\n*Note: I kept it short.*", "A man walks."),
         ("**Global visual description:** A man walks.\n**Audio description:** Steps.", "A man walks. Steps."),
