@@ -136,7 +136,9 @@ def tiny_clip():
     network = comfy.text_encoders.z_image.te(torch.float32)
     torch.manual_seed(0)
     shapes = network(device="meta", dtype=torch.float32, model_options=options).state_dict()
-    state = {name: 0.1 * torch.randn(tensor.shape) for name, tensor in shapes.items()}
+    prefix = "qwen3_4b.transformer."
+    names = {name.removeprefix(prefix): tensor.shape for name, tensor in shapes.items() if name.startswith(prefix)}
+    state = {name: 0.1 * torch.randn(shape) for name, shape in names.items()}
     target = types.SimpleNamespace(clip=network, tokenizer=comfy.text_encoders.z_image.ZImageTokenizer, params={})
     return comfy.sd.CLIP(
         target, parameters=sum(tensor.numel() for tensor in state.values()), state_dict=[state], model_options=options
