@@ -89,7 +89,7 @@ class NavaRewritePrompt(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="The first frame, for a model that can see: the prompt starts there.",
+                    tooltip="The first frame, for a model that can see.",
                 ),
                 io.Clip.Input(
                     "text_encoder",
