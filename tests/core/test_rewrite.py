@@ -792,3 +792,40 @@ def test_a_cut_off_line_of_the_memory_is_taken_away(tmp_path):
         assert len(stand_in.requests) == 2
     assert memory.read_bytes().startswith(whole)
     assert len(memory.read_text().splitlines()) == 2
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    from nava_core.demo import make_small_models
+
+    made = make_small_models(tmp_path_factory.mktemp("models"), preview_decoder=False)
+    for role in ("text_encoder_fp8", "text_encoder_pth"):
+        made[role].unlink()
+    return str(made["backbone"].parent)
+
+
+def test_the_batch_command_rewrites(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("b.jsonl").write_text(json.dumps({"id": "door", "prompt": DRAFT}) + "\n")
+    command = ["batch", "b.jsonl", "--out", "clips", "--models", models, "--language", "en"]
+    opened = []
+
+    def open_pipeline(files, **options):
+        opened.append(FakePipeline(files))
+        return opened[-1]
+
+    with ChatStandIn(GOOD) as stand_in:
+        rewriting = ["--rewrite", "--server", stand_in.url]
+        assert main([*command, *rewriting], open_pipeline=open_pipeline) == 0
+        assert main([*command, *rewriting], open_pipeline=open_pipeline) == 0
+        assert len(stand_in.requests) == 1
+    assert [request["prompt"] for pipeline in opened for request in pipeline.requests] == [GOOD]
+    summary = json.loads(Path("clips/summary.json").read_text())["clips"]
+    assert [(clip["status"], clip["draft"], clip["prompt"]) for clip in summary] == [("skipped", DRAFT, GOOD)]
+    capsys.readouterr()
+    assert main([*command, "--server", "http://a"], open_pipeline=open_pipeline) == 2
+    assert "for --rewrite" in capsys.readouterr().err
+    Path("b.jsonl").write_text(json.dumps({"prompt": "A cat."}) + "\n")
+    assert main([*command, "--rewrite", "--server", "http://127.0.0.1:9"], open_pipeline=open_pipeline) == 1
+    assert "Line 1 cannot be rewritten. No chat server answers" in capsys.readouterr().err
+    assert len(opened) == 1
