@@ -43,11 +43,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said; ``truncated``: it stopped for want of tokens; ``saw_image``: whether it took the picture."""
+    """What a model said; ``truncated``: it stopped for want of tokens; ``saw_image``: whether it took the picture;
+    ``model``: its name, where only the answer tells."""
 
     text: str
     truncated: bool = False
     saw_image: bool = True
+    model: str = ""
 
 
 class Backend(Protocol):

@@ -176,7 +176,10 @@ class _Rewriting:
         if self.draft.image is not None and not answer.saw_image:
             self.notes.append("The model takes no pictures: the first frame was not looked at.")
         length = measure(prompt, self.tokenizer)
-        return Rewritten(prompt, self.draft.text, self.backend.name, length, self.asked, notes=tuple(self.notes))
+        who = self.backend.name
+        if answer.model and answer.model not in who:
+            who = f"{who} {answer.model}"
+        return Rewritten(prompt, self.draft.text, who, length, self.asked, notes=tuple(self.notes))
 
 
 def caption(

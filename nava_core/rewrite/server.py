@@ -164,7 +164,7 @@ class ChatServer:
         if not text.strip():
             hint = ": it spent all its tokens on thinking, so allow more" if truncated else ""
             raise RewriteError(f"The chat server at {self._where} answered nothing{hint}.")
-        return Answer(text, truncated)
+        return Answer(text, truncated, model=self._model)
 
     # --- on the thread of an exchange ---------------------------------------------------------------------------
 

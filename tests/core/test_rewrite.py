@@ -215,6 +215,7 @@ def test_a_good_answer_is_taken(tokenizer):
     assert result.length.exact
     assert result.length.tokens == tokenizer(GOOD).total_tokens
     assert "2 speech spans word for word" in result.report()
+    assert "the chat server's model stand-in" in result.report()
     assert not result.warning
     (request,) = stand_in.requests
     assert (request["seed"], request["temperature"], request["max_tokens"]) == (5, 0.3, 700)

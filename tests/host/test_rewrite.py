@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import struct
 import sys
 import time
 import types
@@ -216,17 +217,36 @@ def test_the_host_runs_a_node_anew_after_a_failure_or_another_configuration(monk
     assert "127" not in rewrite.state_of(*other)
 
 
-def test_text_on_a_node_has_no_marks_that_the_canvas_reads(monkeypatch):
+def read_by_a_canvas(message, prompt_id_first):
+    """(node, text) as a canvas of either kind reads them."""
+    at = 0
+    if prompt_id_first:
+        (length,) = struct.unpack_from(">I", message, at)
+        at += 4 + length
+    (length,) = struct.unpack_from(">I", message, at)
+    return message[at + 4 : at + 4 + length].decode(), message[at + 4 + length :].decode(errors="replace")
+
+
+def test_text_on_a_node_is_read_by_old_and_new_canvases_and_has_no_marks_that_they_read(monkeypatch):
     sent = []
-    fake = types.SimpleNamespace(send_progress_text=lambda text, node: sent.append((text, node)))
+    fake = types.SimpleNamespace(send_sync=lambda kind, message: sent.append((kind, message)))
+    fake.send_progress_text = lambda text, node: fake.send_sync(
+        3, struct.pack(">I", len(node)) + node.encode() + text.encode()
+    )
     module = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=fake))
     monkeypatch.setitem(sys.modules, "server", module)
-    shown = canvas.show_text("7", "he says <S>Hi<E> <img src=x onerror=alert(1)>")
-    assert sent == [("he says ‹S›Hi‹E› ‹img src=x onerror=alert(1)›", "7")]
-    assert shown.as_dict()["text"][0] == sent[0][0]
+    monkeypatch.setitem(sys.modules, "protocol", types.SimpleNamespace(BinaryEventTypes=types.SimpleNamespace(TEXT=3)))
+    shown = canvas.show_text("7:12", "he says <S>Hi<E> <img src=x onerror=alert(1)>")
+    plain = "he says ‹S›Hi‹E› ‹img src=x onerror=alert(1)›"
+    assert shown.as_dict()["text"][0] == plain
+    assert [kind for kind, _ in sent] == [3, 3]
+    for prompt_id_first in (False, True):
+        read = [read_by_a_canvas(message, prompt_id_first) for _, message in sent]
+        assert [each for each in read if each[0] and each[1]] == [("7:12", plain)]
     monkeypatch.setitem(sys.modules, "server", types.SimpleNamespace())
     monkeypatch.delattr(canvas.ui, "PreviewText")
     assert canvas.show_text("7", "text") is None
+    assert len(sent) == 2
 
 
 # ---------------------------------------------------------------- on a server
