@@ -115,7 +115,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--rewrite",
         action="store_true",
         help="have a chat model rewrite every line's prompt before the first clip is made; rewrites.jsonl in FOLDER "
-        "remembers what it wrote, so that a rerun does not ask again",
+        "remembers what it wrote, so that a rerun does not ask again (remove it to have all written anew)",
     )
     add_chat_options(rewriting)
     add_clip_options(parser)

@@ -43,11 +43,12 @@ class BatchRewriter:
         """Rewrite the prompts of all jobs. Raises BackendMissingError where there is nobody to ask: nothing is made
         then, and what was rewritten by then is remembered."""
         self._file = RewriteFile(folder / REWRITES)
-        jobs = {self._key(job): (number, job) for number, job in jobs if isinstance(job, Job)}
+        self._this_run = {}
         try:
-            for done, (key, (number, job)) in enumerate(jobs.items()):
-                if key not in self._file.records:
-                    watcher.note(f"Line {number}: rewriting the prompt ({done + 1} of {len(jobs)})")
+            for number, job in jobs:
+                key = self._key(job) if isinstance(job, Job) else None
+                if key is not None and key not in self._file.records and key not in self._this_run:
+                    watcher.note(f"Line {number}: rewriting the prompt")
                     self._ask(key, number, job)
         finally:
             close = getattr(self.backend, "close", None)

@@ -67,7 +67,9 @@ class LocalChat:
     def _inputs(self, question: Question) -> Any:
         messages = _messages(question, self.sees)
         pictures = [small_picture(question.image)] if self.sees and question.image is not None else None
-        settings = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+        settings = {"add_generation_prompt": True, "tokenize": False}
+        if "enable_thinking" in str(getattr(self._reader, "chat_template", "")):
+            settings["enable_thinking"] = False
         try:
             text = self._reader.apply_chat_template(messages, **settings)
         except Exception as error:  # the template is the model's own, and some take no system turn
