@@ -28,6 +28,7 @@ from .lines import parse_line, read_lines
 
 if TYPE_CHECKING:
     from .pipeline import ClipLatents
+    from .rewrite.batch import BatchRewriter
 
 REPORT, SUMMARY = "report.jsonl", "summary.json"
 UNFINISHED, LOCK = ".unfinished", ".batch.lock"
@@ -55,6 +56,8 @@ class Outcome:
     take: int | None = None  # of a line that has several, from 0
     latents: str | None = None  # the name of the file with the clip's latents
     from_latents: bool | None = None  # whether it was finished from those that were there
+    draft: str | None = None  # of a line whose prompt was rewritten
+    prompt: str | None = None  # what it was rewritten to
 
     def record(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if value not in (None, ())}
@@ -289,6 +292,7 @@ def run_batch(
     watcher: Watcher | None = None,
     debug: bool = False,
     make_runner: Callable[[Callable[[], Callable[..., Any]], Watcher], Runner] = Runner,
+    rewriter: BatchRewriter | None = None,
 ) -> BatchResult:
     """Make the clips of a batch file into ``folder`` (made if missing), by default one after another.
 
@@ -296,8 +300,9 @@ def run_batch(
     the lines at work are in memory. A clip is named after the line's ``id``, or
     after its number and content. A line whose clip is there, made from the same content, is skipped, wherever the line
     stands now; the same content twice is made once, and a second ``id`` gets a link to it (a copy where links are not
-    possible). ``remake`` makes all again, each content once. ``models`` (names by role) are recorded, and a change
-    since the last run is noted.
+    possible). ``remake`` makes all again, each content once. With a ``rewriter`` every line's prompt is rewritten
+    before the first clip is made, and a clip's content is that of its rewritten prompt. ``models`` (names by role) are
+    recorded, and a change since the last run is noted.
 
     A line that fails is recorded and the rest goes on. Raises what ``open_pipeline`` raises, and the same of models or
     packages that turn out unusable in a clip; OSError where the disk is full, BlockingIOError where another batch is at
@@ -314,8 +319,10 @@ def run_batch(
         run = _Run(folder, work, report, lambda: make_runner(open_pipeline, watcher), watcher, remake, debug, total)
         result = BatchResult(run.outcomes)
         try:
+            if rewriter is not None:
+                rewriter.prepare(folder, _jobs(source, defaults), watcher)
             for number, job in _jobs(source, defaults):
-                run.line(number, job)
+                run.line(number, job if rewriter is None else rewriter(job))
             run.finish()
         except BaseException as error:
             result.interrupted = isinstance(error, KeyboardInterrupt)
@@ -484,8 +491,8 @@ class _Run:
         if self.debug and failed.details:
             self.watcher.note(failed.details)
         if not failed.models:
-            warnings, take = (job.warnings, job.take) if isinstance(job, Job) else ((), None)
-            self._settle(Outcome(number, FAILED, error=failed.error, warnings=warnings, take=take))
+            about = {"warnings": job.warnings, "take": job.take, **_rewriting(job)} if isinstance(job, Job) else {}
+            self._settle(Outcome(number, FAILED, error=failed.error, **about))
         if failed.fatal is not None:
             raise failed.fatal
 
@@ -500,7 +507,7 @@ class _Run:
         """The outcome of a line whose clip is there, under its own name or one that it gets a link to."""
         first = self.done.get(task.key)
         known = {"line": task.line, "key": task.key, "duplicate_of": first}
-        known |= {"warnings": task.job.warnings, "take": task.job.take}
+        known |= {"warnings": task.job.warnings, "take": task.job.take, **_rewriting(task.job)}
         there = self._there(task.file, task.key, task.job)
         if there is not None:
             self.done.setdefault(task.key, task.line)
@@ -538,6 +545,7 @@ class _Run:
         size, seconds = self._size(task.file), round(made.seconds, 3)
         about = {"warnings": warnings, "take": task.job.take, "from_latents": made.from_latents or None}
         about |= {"latents": task.latents.name} if made.latents else {}
+        about |= _rewriting(task.job)
         return Outcome(task.line, MADE, task.file, task.key, size, seconds, **about)
 
     def _move_into_place(self, file: str) -> None:
@@ -556,6 +564,11 @@ class _Run:
 
     def _size(self, file: str) -> int:
         return (self.folder / file).stat().st_size
+
+
+def _rewriting(job: Job) -> dict[str, str]:
+    """What a job's prompt was rewritten from and to, for the record."""
+    return {} if job.draft is None else {"draft": job.draft, "prompt": job.prompt}
 
 
 def _onto_the_disk(path: Path) -> None:

@@ -164,6 +164,7 @@ class Job:
     then: tuple[str, ...] = ()
     segment: float = TRAINED_SECONDS
     hold: str = HOLDS[0]
+    draft: str | None = None  # what the prompt was rewritten from, where it was
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .assist import ASSIST_NODES
 from .decode import DECODE_NODES
 from .given import GIVEN_NODES
 from .latents import LATENT_NODES
@@ -22,6 +23,7 @@ class NavaExtension(ComfyExtension):
             *RUNTIME_NODES,
             *TIMBRE_NODES,
             *PROMPT_NODES,
+            *ASSIST_NODES,
             *LATENT_NODES,
             *GIVEN_NODES,
             *SAMPLING_NODES,

@@ -31,6 +31,7 @@ from .options import (
     writable_folder,
 )
 from .progress import Progress, format_duration
+from .rewriting import add_chat_options, chat_backend
 
 SHOWN_PROBLEMS = 10
 WORKER_DEVICES = {"auto": (None, None), "cuda": (1, "cuda"), "cpu": (0, "cpu")}  # GPUs of a worker, and its device
@@ -119,6 +120,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of a Ray cluster that this machine is a node of (default: NAVA_RAY_ADDRESS or RAY_ADDRESS); without "
         "--workers on all its GPUs. Every machine needs this pack, and the models under the same path",
     )
+    rewriting = parser.add_argument_group("rewriting (see nava rewrite --help)")
+    rewriting.add_argument(
+        "--rewrite",
+        action="store_true",
+        help="have a chat model rewrite every line's prompt before the first clip is made; rewrites.jsonl in FOLDER "
+        "remembers what it wrote, so that a rerun does not ask again (remove it to have all written anew)",
+    )
+    add_chat_options(rewriting)
     add_clip_options(parser)
     add_segment_options(parser)
     add_model_options(parser)
@@ -151,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
     for note in [*ignored_options(args), *(loras.notes if loras else ())]:
         progress.say(note)
     defaults = replace(defaults, loras=tuple((lora_fingerprint(path), value) for path, value in args.lora if value))
-    makers = _makers(args, files, progress)
+    makers = {**_makers(args, files, progress), "rewriter": _rewriter(args, files)}
     watcher = _Watcher(progress, several="make_runner" in makers)
     result = None
     try:
@@ -171,6 +180,21 @@ def run(args: argparse.Namespace) -> int:
             print(f"Not finished: {watcher.summary(check.lines)}. Run the same command again to go on.", flush=True)
     _print_summary(result, watcher, check.lines, folder)
     return 1 if result.failures else 0
+
+
+def _rewriter(args: argparse.Namespace, files: Any) -> Any:
+    """What rewrites the lines' prompts; None where they stay as they are. Raises UsageError."""
+    if not args.rewrite:
+        if args.server is not None or args.server_model is not None or args.chat_model is not None:
+            raise UsageError("--server, --server-model and --chat-model are for --rewrite: add it, or leave them out.")
+        return None
+    from ..components.text_encoder import load_tokenizer
+    from ..rewrite.batch import BatchRewriter
+
+    settings = {"language": args.language, "temperature": args.temperature, "max_tokens": args.max_tokens}
+    if files is not None:
+        settings["tokenizer"] = load_tokenizer(files.text_encoder, files.tokenizer)
+    return BatchRewriter(chat_backend(args), **settings)
 
 
 def _show_problems(check: Any, progress: Progress, most: int) -> None:

@@ -26,7 +26,20 @@ FAKE = Path(__file__).with_name("_fake_pipeline.py")
 spec = importlib.util.spec_from_file_location("_fake_pipeline", FAKE)
 fake = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fake)
-COMMANDS = ("generate", "batch", "extend", "retake", "refine", "decode", "report", "voice", "convert", "inspect", "demo")
+COMMANDS = (
+    "generate",
+    "batch",
+    "rewrite",
+    "extend",
+    "retake",
+    "refine",
+    "decode",
+    "report",
+    "voice",
+    "convert",
+    "inspect",
+    "demo",
+)
 
 
 @pytest.fixture(scope="module")
