@@ -46,25 +46,30 @@ class BatchRewriter:
         self._this_run = {}
         try:
             for number, job in jobs:
-                key = self._key(job) if isinstance(job, Job) else None
-                if key is not None and key not in self._file.records and key not in self._this_run:
-                    watcher.note(f"Line {number}: rewriting the prompt")
-                    self._ask(key, number, job)
+                for text, key in self._texts(job):
+                    if key not in self._file.records and key not in self._this_run:
+                        watcher.note(f"Line {number}: rewriting the prompt")
+                        self._ask(key, number, job, text)
         finally:
             close = getattr(self.backend, "close", None)
             if close is not None:  # its memory is needed for the clips
                 close()
 
     def __call__(self, job: Any) -> Any:
-        """A job with its rewritten prompt; what is no job as it is."""
+        """A job with its rewritten prompts; what is no job as it is."""
         if not isinstance(job, Job):
             return job
-        key = self._key(job)
-        record = self._this_run.get(key) or self._file.records.get(key)
-        return job if record is None else with_rewritten(job, record)
+        found = [self._this_run.get(key) or self._file.records.get(key) for _, key in self._texts(job)]
+        return with_rewritten(job, found)
 
-    def _ask(self, key: str, number: int, job: Job) -> None:
-        result = rewrite(self.backend, self._draft(job, with_image=True), tokenizer=self.tokenizer)
+    def _texts(self, job: Any) -> list[tuple[int, str]]:
+        """Number, from 0, and key of each prompt of a job: a long clip has several."""
+        if not isinstance(job, Job):
+            return []
+        return [(text, self._draft(job, text).key(self.backend.name)) for text in range(1 + len(job.then))]
+
+    def _ask(self, key: str, number: int, job: Job, text: int) -> None:
+        result = rewrite(self.backend, self._draft(job, text, with_image=True), tokenizer=self.tokenizer)
         if result.missing:
             raise BackendMissingError(f"Line {number} cannot be rewritten. {result.warning}")
         record = {"key": key, "draft": result.draft, "prompt": result.prompt, "by": self.backend.name}
@@ -75,14 +80,14 @@ class BatchRewriter:
         else:
             self._file.add(record)
 
-    def _draft(self, job: Job, *, with_image: bool = False) -> Draft:
-        image = None
-        if with_image and job.image is not None:
-            from ..media import read_image
+    def _draft(self, job: Job, text: int, *, with_image: bool = False) -> Draft:
+        """Of a job's prompt; the first frame is that of the first."""
+        image, picture = None, ""
+        if job.image is not None and text == 0:
+            picture = file_digest(job.image)
+            if with_image:
+                from ..media import read_image
 
-            image = read_image(job.image)
-        picture = "" if job.image is None else file_digest(job.image)
-        return Draft(job.prompt, mode=job.mode, image=image, image_key=picture, **self.settings)
-
-    def _key(self, job: Job) -> str:
-        return self._draft(job).key(self.backend.name)
+                image = read_image(job.image)
+        draft = (job.prompt, *job.then)[text]
+        return Draft(draft, mode=job.mode, image=image, image_key=picture, **self.settings)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -63,9 +63,15 @@ class RewriteFile:
             os.fsync(file.fileno())
 
 
-def with_rewritten(job, record: dict):
-    """A batch's job with the prompt that a record holds in place of its draft."""
-    warnings = (*job.warnings, *([record["warning"]] if record.get("warning") else []))
-    if record["prompt"] == record["draft"]:
-        return replace(job, warnings=warnings)
-    return replace(job, prompt=record["prompt"], draft=job.prompt, warnings=warnings)
+def with_rewritten(job, records: Sequence[dict | None]):
+    """A batch's job with the prompts that the records hold in place of its drafts, one for each of its prompts."""
+    drafts = (job.prompt, *job.then)
+    warnings = [record["warning"] for record in records if record is not None and record.get("warning")]
+    prompts = [
+        draft if record is None or record["prompt"] == record["draft"] else record["prompt"]
+        for draft, record in zip(drafts, records, strict=True)
+    ]
+    job = replace(job, warnings=(*job.warnings, *dict.fromkeys(warnings)))
+    if tuple(prompts) == drafts:
+        return job
+    return replace(job, prompt=prompts[0], then=tuple(prompts[1:]), draft=job.prompt)

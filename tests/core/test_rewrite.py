@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nava_core.batch import run_batch
+from nava_core.batch import Watcher, run_batch
 from nava_core.cli import main
-from nava_core.jobs import Defaults
+from nava_core.jobs import Defaults, make_job
 from nava_core.prompt import PromptTokenizer, SpanError, parse_spans
 from nava_core.rewrite import (
     Answer,
@@ -752,6 +752,22 @@ def test_a_batch_is_rewritten_before_it_is_made_and_only_once(tmp_path):
         assert pipeline.requests[-1]["prompt"] == QUIET
     plain = batch(tmp_path / "..", None, FakePipeline(), {"id": "x", "prompt": QUIET}, remake=True)
     assert plain.outcomes[0].key == keys[2], "the key is that of the prompt the clip was made of"
+
+
+def test_each_prompt_of_a_long_clip_is_rewritten(tmp_path):
+    """And what a later segment's prompt begins with is no first frame's."""
+
+    def answer(handler, request):
+        draft = request["messages"][1]["content"]
+        stand_in.say(handler, GOOD if "Come in" in str(draft) else QUIET)
+
+    with ChatStandIn(answer) as stand_in:
+        job = make_job(DRAFT, defaults=Defaults(), seconds=25.0, then=("A cat.", DRAFT))
+        rewriter = BatchRewriter(server(stand_in), language="en")
+        rewriter.prepare(tmp_path, [(1, job)], Watcher())
+        made = rewriter(job)
+        assert (made.prompt, made.then, made.draft) == (GOOD, (QUIET, GOOD), DRAFT)
+        assert len(stand_in.requests) == 2, "the same draft is asked about once"
 
 
 def test_a_batch_takes_the_draft_where_the_answer_will_not_do(tmp_path):
