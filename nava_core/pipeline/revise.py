@@ -135,11 +135,15 @@ def _of_video(pipeline: NavaPipeline, path: Path, video: VideoFrames) -> Beginni
         notes.append(f"Of {path.name} no more than its first {MOST_SECONDS:g} s are used.")
     if video.sound is None:
         notes.append(f"{path.name} has no sound, so that the clip that it becomes has none either.")
+    waveform, rate = video.sound or (None, 0)
+    if waveform is not None and waveform.shape[0] > 2:  # as of a sound that is given
+        notes.append(f"The {waveform.shape[0]} channels of its sound were mixed to one.")
+        waveform = waveform.mean(dim=0, keepdim=True)
     for note in notes:
         pipeline.components.say(note)
 
     def stream() -> Iterator[torch.Tensor]:
         yield from video.frames.split(AT_ONCE)
 
-    sound = None if video.sound is None else lambda: video.sound
+    sound = None if waveform is None else lambda: (waveform, rate)
     return Beginning(len(video.frames), width, height, stream, sound, [path, width, height], tuple(notes))

@@ -307,6 +307,14 @@ def test_a_video_file_is_a_source_too_and_keeps_its_own_sound(pipeline, video, s
     assert seen[-1]["audio_mask"].amax() == 0
 
 
+def test_a_video_of_ten_seconds_keeps_its_last_frame_too(pipeline, tmp_path):
+    frames = torch.linspace(0, 1, 241)[:, None, None, None].expand(-1, 32, 32, 3)
+    mux(tmp_path / "ten.mp4", frames)
+    source = pipeline.encode(tmp_path / "ten.mp4", width=32, height=32, size_from_image=False)
+    assert source.video.shape[2] == 61
+    assert source.warnings == ()
+
+
 # --- memory, progress, interruption ------------------------------------------------------------------------------
 
 
