@@ -54,8 +54,18 @@ def retake(
     found = open_source(pipeline, source, should_stop=should_stop, **size)
     if found.originals is None or found.originals.frames is None:
         found = replace(found, originals=_decoded(pipeline, found, should_stop))
+    notes = _same_noise(found, prompt, request.get("seed", 0))
+    for note in notes:
+        pipeline.components.say(note)
     made = pipeline.denoise(prompt, source=found, retake=span, should_stop=should_stop, **request)
-    return replace(made, warnings=(*found.warnings, *made.warnings))
+    return replace(made, warnings=(*found.warnings, *notes, *made.warnings))
+
+
+def _same_noise(source: ClipLatents, prompt: str, seed: int) -> tuple[str, ...]:
+    """A sentence where a clip was made of the same prompt and noise."""
+    if (source.settings.get("prompt"), source.settings.get("seed")) != (prompt, seed):
+        return ()
+    return (f"The clip was made of this prompt with the seed {seed}, too, and may come out much the same: change one.",)
 
 
 def _decoded(pipeline: NavaPipeline, source: ClipLatents, should_stop: Callable[[], bool] | None) -> Originals | None:

@@ -162,7 +162,7 @@ def plan_segments(
     for index, latents in enumerate(parts):
         which = min(index, len(request.prompts) - 1)
         frames = frames_of_latents(latents + 1)
-        seed = (request.seed + index) % 2**64
+        seed = (request.seed + len(found)) % 2**64  # other noise than that of the clip that it goes on from
         found.append(Segment(len(found), begin, frames, request.prompts[which], seed, bindings[which]))
         begin += frames - 1
     return found

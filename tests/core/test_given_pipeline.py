@@ -256,6 +256,14 @@ def test_a_retake_keeps_all_frames_and_samples_outside_of_its_span(pipeline, sou
     assert made.settings["retake"]["start"] == 0.2
 
 
+def test_a_retake_of_the_same_prompt_and_seed_is_said(pipeline, source):
+    settings, span = source.settings, Retake(0.0, 0.2, "sound")
+    same = pipeline.retake(source, settings["prompt"], span, seed=settings["seed"], steps=1)
+    other = pipeline.retake(source, settings["prompt"], span, seed=settings["seed"] + 1, steps=1)
+    assert "may come out much the same" in " ".join(same.warnings)
+    assert "much the same" not in " ".join(other.warnings)
+
+
 def test_a_retake_of_a_part_or_a_region_leaves_the_rest(pipeline, source, seen):
     pipeline.denoise("A drum.", source=source, retake=Retake(0.2, 0.3, "sound"), steps=2)
     assert seen[-1]["video_mask"].amax() == 0
