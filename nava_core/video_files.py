@@ -63,7 +63,7 @@ def read_video(
         with av.open(str(path)) as container:
             stream = _picture_stream(container, path)
             fps = stream.average_rate or stream.guessed_rate or Fraction(FPS)
-            frames, times, own = _decoded_frames(container, stream, fps, max_seconds, size)
+            frames, times, own, is_all = _decoded_frames(container, stream, fps, max_seconds, size)
             sound_start = _start(container.streams.audio[0]) if container.streams.audio else None
             aspect = stream.sample_aspect_ratio
             told, is_hdr = stream.frames, stream.codec_context.color_trc in HDR_TRANSFERS
@@ -72,7 +72,7 @@ def read_video(
     if not frames:
         raise ValueError(f"The picture track of {path.name} is empty or broken: no frame of it can be read.")
     notes = []
-    if max_seconds is None and len(frames) < told:
+    if is_all and len(frames) < told:
         notes.append(f"Only {len(frames)} of the {told} frames that {path.name} tells of are in it: it may be cut off.")
     if is_hdr:
         notes.append(f"{path.name} is HDR and was read as it is, so that it looks pale: make an SDR copy of it first.")
@@ -103,11 +103,12 @@ def _picture_stream(container, path: Path):
 
 
 def _decoded_frames(container, stream, fps: Fraction, max_seconds, size):
-    """(frames (H, W, 3) uint8, their times in seconds, the video's own (width, height))."""
-    frames, times, own = [], [], (0, 0)
+    """(frames (H, W, 3) uint8, their times in seconds, the video's own (width, height), whether these are all)."""
+    frames, times, own, is_all = [], [], (0, 0), True
     for frame in container.decode(stream):
         time = frame.time if frame.time is not None else float(len(frames) / fps)
         if max_seconds is not None and frames and time - times[0] >= max_seconds - 1e-6:
+            is_all = False
             break
         pixels = _upright(_rgb(frame, stream.sample_aspect_ratio), frame.rotation)
         own = (pixels.shape[1], pixels.shape[0])
@@ -115,7 +116,7 @@ def _decoded_frames(container, stream, fps: Fraction, max_seconds, size):
             pixels = fit_frames(pixels[None], frames[0].shape[1], frames[0].shape[0])[0]
         frames.append(pixels if size is None else fit_frames(pixels[None], *size)[0])
         times.append(time)
-    return frames, times, own
+    return frames, times, own, is_all
 
 
 def _rgb(frame, aspect: Fraction | None = None) -> torch.Tensor:

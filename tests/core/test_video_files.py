@@ -215,6 +215,8 @@ def test_what_is_no_video_is_refused_in_a_sentence(tmp_path):
     assert short.notes == (
         f"Only {len(short.frames)} of the 24 frames that short.mp4 tells of are in it: it may be cut off.",
     )
+    assert read_video(tmp_path / "short.mp4", 10).notes == short.notes
+    assert read_video(tmp_path / "short.mp4", 1 / 24).notes == ()  # more of it was not asked for
     with pytest.raises(FileNotFoundError, match="no file"):
         read_video(tmp_path / "none.mp4")
 
