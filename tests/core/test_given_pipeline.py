@@ -2,6 +2,7 @@
 
 import socket
 import wave
+from fractions import Fraction
 
 import pytest
 import torch
@@ -19,9 +20,19 @@ from nava_core.demo import make_small_models
 from nava_core.geometry import ClipGeometry, audio_latent_to_tokens, audio_tokens_to_latent
 from nava_core.given import CLEAN, NOISED, fit_sound
 from nava_core.media import mux, read_audio
-from nava_core.pipeline import ClipLatents, Components, ModelFiles, NavaPipeline, Retake, clip_noise, decode, stages
+from nava_core.pipeline import (
+    ClipLatents,
+    Components,
+    ModelFiles,
+    NavaPipeline,
+    Retake,
+    clip_noise,
+    decode,
+    given,
+    stages,
+)
 from nava_core.sampling import Guidance, Interrupted, denoise, flow_sigmas
-from nava_core.video_files import read_video
+from nava_core.video_files import VideoFile, read_video
 
 pytest.importorskip("diffusers", reason="the standalone VAEs need diffusers")
 pytest.importorskip("transformers", reason="the standalone text encoder needs transformers")
@@ -321,6 +332,16 @@ def test_a_video_of_ten_seconds_keeps_its_last_frame_too(pipeline, tmp_path):
     source = pipeline.encode(tmp_path / "ten.mp4", width=32, height=32, size_from_image=False)
     assert source.video.shape[2] == 61
     assert source.warnings == ()
+
+
+def test_a_video_with_next_to_no_sound_is_a_silent_one(pipeline, monkeypatch):
+    frames = (moving(9) * 255).to(torch.uint8)
+    for samples, has_sound in ((4000, False), (5000, True)):
+        file = VideoFile(frames, Fraction(24), torch.ones(1, samples), 48000, (64, 64))
+        monkeypatch.setattr(given, "read_video", lambda *_, file=file: file)
+        found = given.read_frames("a.mp4", 10)
+        assert (found.sound is not None) == has_sound
+        assert ("The sound track of a.mp4 is shorter than 0.1 s: it counts as none." in found.notes) != has_sound
 
 
 # --- memory, progress, interruption ------------------------------------------------------------------------------
