@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     kept = latents_target(args, target)
     files = model_files(args)
     progress = Progress()
-    for note in ignored_options(args):
+    for note in [*ignored_options(args), *_speech_notes(job)]:
         progress.say(note)
     pipeline = pipeline_opener(args, files, progress.say)()
     progress.begin("Denoising")
@@ -92,6 +92,13 @@ def run(args: argparse.Namespace) -> int:
         progress.say(line)
     print(target)
     return 0
+
+
+def _speech_notes(job: Any) -> list[str]:
+    """What there is to say where the speech is too long for the clip."""
+    from ..prompt import check_prompt
+
+    return [] if job.mode == "video" else check_prompt(job.prompt, clip_seconds=job.seconds).speech_warnings()
 
 
 def _decode(pipeline: Any, latents: Any, target: Path, kept: Path | None, progress: Progress) -> None:

@@ -128,8 +128,9 @@ def estimate_tokens(prompt: str) -> int:
         return 0
     marks = len(_MARKS.findall(prompt))
     text = _MARKS.sub(" ", prompt)
-    return 1 + round(
-        len(_WORD.findall(text)) * TOKENS_A_WORD
+    return 1 + int(
+        0.5
+        + len(_WORD.findall(text)) * TOKENS_A_WORD
         + len(_HAN.findall(text)) * TOKENS_A_CHARACTER
         + len(_SIGN.findall(text)) * TOKENS_A_SIGN
         + marks * TOKENS_A_SPAN / 2
