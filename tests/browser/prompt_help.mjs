@@ -3,8 +3,9 @@
 //
 //     node prompt_help.mjs JOB.json
 //
-// JOB: {playwright, chromium, url, vue: [which drawings], prompts: {name: text}, blueprints: {name: {widgets: {name:
-//       value}, sockets: {input: [node class, widget, value]}, small: {node class: {widget: value}}}}, pictures}.
+// JOB: {playwright, chromium, url, drawings: {"canvas" or "elements": names of blueprints}, help: whether it is there,
+//       prompts: {name: text}, blueprints: {name: {widgets: {name: value}, sockets: {input: [node class, widget,
+//       value]}, small: {node class: {widget: value}}}}, pictures}.
 
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -133,20 +134,25 @@ async function fields(page, picture) {
   ]);
   await page.waitForTimeout(SETTLE_MS);
   await write(page, "Good morning, <S>all of you", 0);
-  const wrong = job.help && (await said(page, 0));
+  const wrong = await said(page, 0);
   await write(page, "Good morning, all of you", 0);
   await write(page, "A woman at a window <S>", 1);
   await page.waitForTimeout(SETTLE_MS);
   await picture("fields");
-  return { wrong, right: job.help && (await said(page, 0)), structured: job.help && (await said(page, 1)) };
+  return { wrong, right: await said(page, 0), structured: await said(page, 1) };
 }
 
 // Finds a blueprint as a person does, by its name in the search, and drops it on the empty canvas.
 async function drop(page, name) {
   await page.evaluate(() => window.app.graph.clear());
-  await page.mouse.dblclick(900, 300);
+  await page.waitForTimeout(SETTLE_MS);
   const search = page.locator("[role=dialog] input, .comfy-vue-node-search-container input").first();
-  await search.waitFor({ timeout: 20_000 });
+  for (let tries = 0; tries < 5 && !(await search.isVisible()); tries += 1) {
+    await page.mouse.click(1050, 500); // leaves the field that was written in
+    await page.waitForTimeout(SETTLE_MS);
+    await page.mouse.dblclick(900, 300);
+    await page.waitForTimeout(SETTLE_MS);
+  }
   await search.fill(name);
   await page.waitForTimeout(900);
   await page.keyboard.press("Enter");
@@ -209,27 +215,24 @@ async function run(page) {
 const browser = await chromium.launch({ executablePath: job.chromium, args: FLAGS });
 const results = {};
 try {
-  for (const vue of job.vue) {
+  for (const [name, titles] of Object.entries(job.drawings)) {
     const page = await browser.newPage({ viewport: { width: 1500, height: 900 } });
     const errors = [];
     page.on("pageerror", (error) => errors.push(`page: ${error.message}`));
     page.on("console", (message) => {
-      if (message.type() === "error" || /nava/i.test(message.text()) && message.type() === "warning")
+      if (message.type() === "error" || (message.type() === "warning" && /nava/i.test(message.text())))
         errors.push(`${message.location().url}: ${message.text()}`);
     });
-    const name = vue ? "elements" : "canvas";
-    const begun = Date.now();
     const picture = async (what) =>
-      process.stderr.write(`${name} ${what} ${Date.now() - begun}\n`) && job.pictures && (await page.screenshot({ path: join(job.pictures, `${name} ${what}.png`) }));
-    await open(page, vue);
+      job.pictures && (await page.screenshot({ path: join(job.pictures, `${name} ${what}.png`) }));
+    await open(page, name === "elements");
     const seen = { errors };
     seen.prompts = await prompts(page, picture);
     seen.helps = await help(page).count();
     seen.voices = await voices(page, picture);
-    seen.fields = await fields(page, picture);
+    if (job.help) seen.fields = await fields(page, picture);
     seen.blueprints = {};
-    for (const [title, given] of Object.entries(job.blueprints))
-      seen.blueprints[title] = await blueprint(page, title, given, picture);
+    for (const title of titles) seen.blueprints[title] = await blueprint(page, title, job.blueprints[title], picture);
     results[name] = seen;
     await page.close();
   }
