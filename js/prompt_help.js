@@ -10,7 +10,7 @@ const ROUTE = "/nava/prompt_check";
 const CHECK = "nava_prompt_check"; // in what a node shows after its run
 const SETTING = "NAVA.PromptHelp";
 const WAIT_MS = 300; // after the last key, before the server is asked
-const MIN_HEIGHT = 70;
+const MIN_HEIGHT = 36; // two lines; more are scrolled to where the node leaves no room
 const MAX_HEIGHT = 160;
 const COLOURS = { error: "#ff6b6b", warning: "#f0b429", note: "var(--descrip-text, #999)" };
 
@@ -105,6 +105,7 @@ function draw(root, { check, note, voiceOf }) {
     lines.push(...check.spans.map((span) => spanLine(span, voiceOf?.(span, words) ?? words.voice(span), words)));
   }
   root.replaceChildren(...lines);
+  root.style.minHeight = lines.length ? `${MIN_HEIGHT}px` : "0";
 }
 
 // ------------------------------------------------------------ what each node has to say
@@ -175,6 +176,10 @@ class Help {
       draw(this.root, { note: this.kind.resting(texts()) });
       return;
     }
+    if (!question.prompt.trim() && !question.voices) {
+      draw(this.root, {}); // nothing written, nothing to say: a negative's node stays as it is
+      return;
+    }
     this.show(checkPrompt(question.prompt, question));
     const number = this.asked;
     this.timer = setTimeout(async () => {
@@ -221,7 +226,8 @@ function makeRoot() {
     overflow: "auto",
     padding: "2px 6px",
     boxSizing: "border-box",
-    minHeight: `${MIN_HEIGHT}px`,
+    contain: "size", // what it says takes no room that the node does not have
+    height: "100%",
     maxHeight: `${MAX_HEIGHT}px`,
     textAlign: "left",
   });
@@ -238,8 +244,8 @@ function addHelp(node) {
   made += 1; // a name of its own: by the name, a redrawn canvas would show another node's help again
   const widget = node.addDOMWidget(`nava_help_${made}`, "nava_help", root, {
     serialize: false,
-    getMinHeight: () => MIN_HEIGHT,
-    getMaxHeight: () => MAX_HEIGHT,
+    getMinHeight: () => (root.childElementCount ? MIN_HEIGHT : 0),
+    getMaxHeight: () => (root.childElementCount ? MAX_HEIGHT : 0),
     getValue: () => "",
     setValue: () => {},
   });

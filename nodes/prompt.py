@@ -15,8 +15,8 @@ from ..nava_core.prompt import (
     span_voices,
     with_default_negative,
 )
+from .host.canvas import show_text
 from .host.conditioning import encode_prompt
-from .host.shown_text import show_text
 from .types import Span, Spans, Timbre, category
 
 MAX_SPANS = 16
@@ -35,8 +35,9 @@ def text_input(name: str, tooltip: str, *, lines: bool = False, placeholder: str
     return io.String.Input(name, default="", multiline=lines, placeholder=placeholder, tooltip=tooltip)
 
 
-def for_the_canvas(check: PromptCheck) -> dict:
-    return {CHECK: [json.dumps(check.as_dict())]}
+def for_the_canvas(check: PromptCheck, text=None) -> dict:
+    """A node's ``ui``: the check for the canvas extension, beside the text that the host shows."""
+    return {**(text.as_dict() if text else {}), CHECK: [json.dumps(check.as_dict())]}
 
 
 def preset_input(name: str, kind: str, tooltip: str) -> io.Combo.Input:
@@ -145,10 +146,10 @@ class NavaStructuredPrompt(io.ComfyNode):
         ordered = [span for span in (spans or {}).values() if span is not None]
         presets = (shot, movement, sound_field)
         prompt = StructuredPrompt(visual, dynamics, camera, audio, ordered, language, no_speech, *presets).render()
-        show_text(prompt, cls.hidden.unique_id)
         voices, assignment = span_voices(ordered)
         check = check_prompt(prompt, voices=len(voices), assignment=assignment)
-        return io.NodeOutput(prompt, ordered, ui=for_the_canvas(check))
+        text = show_text(cls.hidden.unique_id, prompt)
+        return io.NodeOutput(prompt, ordered, ui=for_the_canvas(check, text))
 
 
 class NavaEncodePrompt(io.ComfyNode):
@@ -205,7 +206,10 @@ class NavaEncodePrompt(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(),
-                io.String.Output(display_name="report", tooltip="Tokens used, spans and voices, and what was cut."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Tokens used, spans and voices, what was cut, how long the speech is.",
+                ),
             ],
         )
 
