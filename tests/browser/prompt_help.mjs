@@ -142,6 +142,20 @@ async function fields(page, picture) {
   return { wrong, right: await said(page, 0), structured: await said(page, 1) };
 }
 
+// What is said of an unclosed span where the canvas speaks Chinese.
+async function chinese(page) {
+  const speak = (locale) =>
+    page.evaluate((given) => window.app.ui.settings.setSettingValueAsync("Comfy.Locale", given), locale);
+  await speak("zh");
+  await page.waitForTimeout(1500); // the canvas loads its graph anew
+  await addNodes(page, [["NavaEncodePrompt", 420, 120, 460, 380]]);
+  await page.waitForTimeout(SETTLE_MS);
+  await write(page, job.prompts.unclosed);
+  const help = await said(page);
+  await speak("en");
+  return help?.text;
+}
+
 // Finds a blueprint as a person does, by its name in the search, and drops it on the empty canvas.
 async function drop(page, name) {
   await page.evaluate(() => window.app.graph.clear());
@@ -233,6 +247,7 @@ try {
     if (job.help) seen.fields = await fields(page, picture);
     seen.blueprints = {};
     for (const title of titles) seen.blueprints[title] = await blueprint(page, title, job.blueprints[title], picture);
+    if (job.help) seen.chinese = await chinese(page);
     results[name] = seen;
     await page.close();
   }

@@ -157,6 +157,11 @@ def test_speech_marks_in_a_field_of_plain_words_are_an_error(seen):
     assert codes(fields["structured"]) == ["marks"]
 
 
+def test_the_help_speaks_the_canvases_language(seen):
+    assert "token" in seen["chinese"]
+    assert "没有结束" in seen["chinese"]
+
+
 def test_a_third_voice_grows_the_inputs(either):
     assert either["voices"]["grown"] == [1, 2, 3, 4]
 

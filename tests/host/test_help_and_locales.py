@@ -62,11 +62,12 @@ def locale(language: str, file: str = "nodeDefs") -> dict:
 
 
 def inputs(node: dict) -> dict:
-    """Type and options of each input by its name."""
+    """Type and options of each input by its name; what the host hands a node unasked is none."""
     return {
         name: (spec[0], spec[1] if len(spec) > 1 else {})
-        for part in node["input"].values()
+        for kind, part in node["input"].items()
         for name, spec in part.items()
+        if kind != "hidden"
     }
 
 
