@@ -51,7 +51,8 @@ const help = (page) => page.locator("[data-nava=help]");
 // The help as a person reads it.
 const said = (page, n = 0) =>
   page.evaluate((index) => {
-    const root = document.querySelectorAll("[data-nava=help]")[index];
+    const roots = [...document.querySelectorAll("[data-nava=help]")].filter((each) => each.checkVisibility());
+    const root = roots[index]; // those of nodes inside a subgraph are kept out of sight
     const of = (kind) => [...root.querySelectorAll(`[data-nava=${kind}]`)];
     return (
       root && {
