@@ -84,14 +84,11 @@ function problemLine(problem, words) {
   return element;
 }
 
+// The voice comes before the words, which may be cut off by the node's edge.
 function spanLine(span, voice, words) {
-  const title = `${span.words}\n${voice}`;
-  const element = line(`${words.span(span)} · ${voice}`, {
-    color: span.fate === "lost" ? COLOURS.error : "inherit",
-    overflow: "hidden",
-    textOverflow: "ellipsis",
-    whiteSpace: "nowrap",
-  }, title);
+  const style = { overflow: "hidden", textOverflow: "ellipsis", whiteSpace: "nowrap" };
+  if (span.fate === "lost") style.color = COLOURS.error;
+  const element = line(words.span(span, voice), style, `${voice}: ${span.words}`);
   Object.assign(element.dataset, { nava: "span", voice: span.voice ?? "" });
   return element;
 }

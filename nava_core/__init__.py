@@ -20,7 +20,14 @@ _EXPORTS = {
         "NavaPipeline",
         "find_model_files",
     ),
-    "prompt": ("PromptTokenizer", "SpeechSpan", "StructuredPrompt", "default_negative", "parse_spans"),
+    "prompt": (
+        "PromptTokenizer",
+        "SpeechSpan",
+        "StructuredPrompt",
+        "check_prompt",
+        "default_negative",
+        "parse_spans",
+    ),
     "sampling": ("FlowEuler", "FlowUniPC", "Guidance", "denoise", "flow_sigmas"),
     "timbre": ("check_voice", "encode_timbre", "load_redimnet"),
 }
