@@ -28,8 +28,10 @@ _EXPORTS = {
         "default_negative",
         "parse_spans",
     ),
+    "report": ("ClipReport", "report_clip", "report_file"),
     "sampling": ("FlowEuler", "FlowUniPC", "Guidance", "denoise", "flow_sigmas"),
     "timbre": ("check_voice", "encode_timbre", "load_redimnet"),
+    "voices": ("SavedVoice", "blend_voices", "encoder_fingerprint", "make_voice"),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 __all__ = sorted(_HOME)

@@ -28,9 +28,11 @@ from .lines import parse_line, read_lines
 
 if TYPE_CHECKING:
     from .pipeline import ClipLatents
+    from .rewrite.batch import BatchRewriter
 
 REPORT, SUMMARY = "report.jsonl", "summary.json"
 UNFINISHED, LOCK = ".unfinished", ".batch.lock"
+SEGMENTS = ".segments"  # where long clips lie until they are whole, a folder for each
 LATENTS = ".latents.safetensors"  # after a clip's name
 MOST_WAITING = 64  # lines that wait for the same content's clip, before a batch reads no further
 KEY_LENGTH = 12  # hexadecimal digits of a job's hash in the names of clips without an id
@@ -54,6 +56,8 @@ class Outcome:
     take: int | None = None  # of a line that has several, from 0
     latents: str | None = None  # the name of the file with the clip's latents
     from_latents: bool | None = None  # whether it was finished from those that were there
+    draft: str | None = None  # of a line whose prompt was rewritten
+    prompt: str | None = None  # what it was rewritten to
 
     def record(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if value not in (None, ())}
@@ -150,7 +154,8 @@ class _Names:
 @dataclass(frozen=True)
 class Task:
     """A clip to make. ``path`` is where it is written, to be moved to its name when it is whole; ``latents``: where its
-    latents are kept; ``resume``: whether those that are there are used."""
+    latents are kept; ``resume``: whether those that are there are used. ``state``: the folder of a clip of several
+    segments until it is whole."""
 
     line: int
     job: Job
@@ -159,6 +164,7 @@ class Task:
     path: Path
     latents: Path
     resume: bool = True
+    state: Path | None = None
 
     def kept_latents(self) -> ClipLatents | None:
         """The latents that an earlier run kept of this very content; None where there are none, or none to be used."""
@@ -212,6 +218,9 @@ def failure_of(error: Exception, job: Job | None = None) -> Failed:
 def make_clip(pipeline: Any, task: Task, step: Callable[..., None]) -> Made:
     """Make a task's clip: denoised with ``step`` called after each step, or finished from latents that were kept."""
     start = time.monotonic()
+    if task.job.segments > 1:
+        warnings = _make_long(pipeline, task, step)
+        return Made(time.monotonic() - start, warnings)
     latents = task.kept_latents()
     from_latents = latents is not None
     if latents is None:
@@ -223,11 +232,24 @@ def make_clip(pipeline: Any, task: Task, step: Callable[..., None]) -> Made:
     return Made(time.monotonic() - start, tuple(latents.warnings), kept, from_latents)
 
 
+def _make_long(pipeline: Any, task: Task, step: Callable[..., None]) -> tuple[str, ...]:
+    """Make a clip of several segments, going on with what an earlier run left of it; its warnings, and how it drifts
+    from segment to segment."""
+    if not task.resume and task.state is not None:
+        shutil.rmtree(task.state, ignore_errors=True)
+    request = task.job.long_request()
+    made = pipeline.make_long(task.path, state=task.state, anew=True, callback=step, **request)
+    if task.state is not None:
+        shutil.rmtree(task.state, ignore_errors=True)
+    return (*made.warnings, *made.drift())
+
+
 class Runner:
     """Makes clips, at most ``places`` at a time; this one in this process, each as soon as it is asked for.
 
     ``open_pipeline``'s result has what of ``NavaPipeline`` makes a clip: ``denoise(callback=..., **Job.request())``,
-    which returns ``ClipLatents``, and ``save(latents, path)``.
+    which returns ``ClipLatents``, and ``save(latents, path)``; and for clips of several segments
+    ``make_long(path, state=..., anew=..., callback=..., **Job.long_request())``, which returns ``LongClip``.
     """
 
     places = 1
@@ -270,6 +292,7 @@ def run_batch(
     watcher: Watcher | None = None,
     debug: bool = False,
     make_runner: Callable[[Callable[[], Callable[..., Any]], Watcher], Runner] = Runner,
+    rewriter: BatchRewriter | None = None,
 ) -> BatchResult:
     """Make the clips of a batch file into ``folder`` (made if missing), by default one after another.
 
@@ -277,8 +300,9 @@ def run_batch(
     the lines at work are in memory. A clip is named after the line's ``id``, or
     after its number and content. A line whose clip is there, made from the same content, is skipped, wherever the line
     stands now; the same content twice is made once, and a second ``id`` gets a link to it (a copy where links are not
-    possible). ``remake`` makes all again, each content once. ``models`` (names by role) are recorded, and a change
-    since the last run is noted.
+    possible). ``remake`` makes all again, each content once. With a ``rewriter`` every line's prompt is rewritten
+    before the first clip is made, and a clip's content is that of its rewritten prompt. ``models`` (names by role) are
+    recorded, and a change since the last run is noted.
 
     A line that fails is recorded and the rest goes on. Raises what ``open_pipeline`` raises, and the same of models or
     packages that turn out unusable in a clip; OSError where the disk is full, BlockingIOError where another batch is at
@@ -295,8 +319,10 @@ def run_batch(
         run = _Run(folder, work, report, lambda: make_runner(open_pipeline, watcher), watcher, remake, debug, total)
         result = BatchResult(run.outcomes)
         try:
+            if rewriter is not None:
+                rewriter.prepare(folder, _jobs(source, defaults), watcher)
             for number, job in _jobs(source, defaults):
-                run.line(number, job)
+                run.line(number, job if rewriter is None else rewriter(job))
             run.finish()
         except BaseException as error:
             result.interrupted = isinstance(error, KeyboardInterrupt)
@@ -305,6 +331,8 @@ def run_batch(
             result.outcomes.sort(key=lambda outcome: (outcome.line, outcome.take or 0))
             _write_summary(folder, source, lines, result)
             run.close()
+            with contextlib.suppress(OSError):  # clips are under way in it, or it is not there
+                (folder / SEGMENTS).rmdir()
     return result
 
 
@@ -406,7 +434,8 @@ class _Run:
             self._failed(number, job, failure_of(error))
             return
         latents = self.folder / f"{file}{LATENTS}"
-        self._begin(Task(number, job, file, key, self.work / file, latents, resume=not self.remake))
+        state = self.folder / SEGMENTS / key[:KEY_LENGTH] if job.segments > 1 else None
+        self._begin(Task(number, job, file, key, self.work / file, latents, not self.remake, state))
         while self.runner is not None and len(self.at_work) >= self.runner.places:
             self._collect()
 
@@ -462,8 +491,8 @@ class _Run:
         if self.debug and failed.details:
             self.watcher.note(failed.details)
         if not failed.models:
-            warnings, take = (job.warnings, job.take) if isinstance(job, Job) else ((), None)
-            self._settle(Outcome(number, FAILED, error=failed.error, warnings=warnings, take=take))
+            about = {"warnings": job.warnings, "take": job.take, **_rewriting(job)} if isinstance(job, Job) else {}
+            self._settle(Outcome(number, FAILED, error=failed.error, **about))
         if failed.fatal is not None:
             raise failed.fatal
 
@@ -478,7 +507,7 @@ class _Run:
         """The outcome of a line whose clip is there, under its own name or one that it gets a link to."""
         first = self.done.get(task.key)
         known = {"line": task.line, "key": task.key, "duplicate_of": first}
-        known |= {"warnings": task.job.warnings, "take": task.job.take}
+        known |= {"warnings": task.job.warnings, "take": task.job.take, **_rewriting(task.job)}
         there = self._there(task.file, task.key, task.job)
         if there is not None:
             self.done.setdefault(task.key, task.line)
@@ -516,6 +545,7 @@ class _Run:
         size, seconds = self._size(task.file), round(made.seconds, 3)
         about = {"warnings": warnings, "take": task.job.take, "from_latents": made.from_latents or None}
         about |= {"latents": task.latents.name} if made.latents else {}
+        about |= _rewriting(task.job)
         return Outcome(task.line, MADE, task.file, task.key, size, seconds, **about)
 
     def _move_into_place(self, file: str) -> None:
@@ -536,6 +566,11 @@ class _Run:
         return (self.folder / file).stat().st_size
 
 
+def _rewriting(job: Job) -> dict[str, str]:
+    """What a job's prompt was rewritten from and to, for the record."""
+    return {} if job.draft is None else {"draft": job.draft, "prompt": job.prompt}
+
+
 def _onto_the_disk(path: Path) -> None:
     with path.open("rb") as whole:
         os.fsync(whole.fileno())
@@ -547,7 +582,7 @@ def _is_the_models(error: Exception, job: Job) -> bool:
     A file that was not found is one of theirs while the job's own are all there.
     """
     if isinstance(error, FileNotFoundError):
-        return all(path.is_file() for path in (job.image, *job.voices) if path is not None)
+        return all(path.is_file() for path in job.files)
     return isinstance(error, (WrongFileError, ImportError)) or isinstance(error.__cause__, ImportError)
 
 

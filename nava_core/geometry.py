@@ -89,6 +89,16 @@ def seconds_of_latents(latents: int) -> float:
     return (latents - 1) / LATENTS_PER_SECOND
 
 
+def split_latents(seconds: float, segment: float) -> list[int]:
+    """Latent frames beyond the first that each segment of a clip has: as even as can be, none above ``segment``
+    seconds. Raises ValueError for segments of less than a latent frame."""
+    total = max(1, latents_of_seconds(seconds) - 1)
+    if not (math.isfinite(segment) and segment * LATENTS_PER_SECOND >= 1):
+        raise ValueError(f"A segment is at least {1 / LATENTS_PER_SECOND:.2f} s; got {segment:g}.")
+    count = -(-total // math.floor(segment * LATENTS_PER_SECOND + 1e-9))
+    return [total // count + (number < total % count) for number in range(count)]
+
+
 def audio_latents_of_frames(frames: int) -> int:
     """Audio latents that cover ``frames`` frames of picture."""
     return -(-frames * AUDIO_LATENTS_PER_SECOND // FPS)

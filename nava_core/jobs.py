@@ -9,11 +9,24 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .geometry import FPS, MODES, PRESETS, TRAINED_SCALE, ClipGeometry, check_scale
+from .digests import file_digest
+from .geometry import (
+    FPS,
+    MODES,
+    PRESETS,
+    TRAINED_SCALE,
+    TRAINED_SECONDS,
+    ClipGeometry,
+    check_scale,
+    seconds_of_latents,
+    split_latents,
+)
+from .given.frames import HOLDS
+from .given.masks import SHOWN
+from .given.sound import RESTS
 from .prompt import BUILT_IN, bind_voices, negative_text, parse_spans
 from .sampling import Guidance, find_preset
 
@@ -24,8 +37,6 @@ MIN_SECONDS, MAX_SECONDS = 1 / FPS, 60.0
 MIN_SHIFT, MAX_SHIFT = 0.01, 100.0
 MAX_NAME = 150  # bytes of an output's name without its ending; file systems allow 255
 DEFAULT_SIZE = next(iter(PRESETS.values()))
-HASH_CHUNK = 1 << 20
-
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
 _NOT_IN_NAMES = re.compile(r'[\\/:*?"<>|]')
 
@@ -42,8 +53,9 @@ class Defaults:
     ``negative``: a text, "default" for the built-in terms that suit the clip's mode, or "zero" for the trained null.
     ``scales`` are the fields of ``Guidance`` that differ from what the pipeline would choose itself. ``gen_turn``: how
     many takes are made of a line. ``loras``: (fingerprint, strength) of those in the backbone, for a clip's key.
-    ``save_latents``: whether a clip's latents are kept beside it. Raises LineError for seconds or a shift out of
-    bounds.
+    ``save_latents``: whether a clip's latents are kept beside it. ``segment``: seconds of a segment of longer clips at
+    most, 0 for clips in one pass; ``hold``: what segments have of the first. Raises LineError for seconds or a shift
+    out of bounds.
     """
 
     seconds: float = 6.0
@@ -59,23 +71,75 @@ class Defaults:
     image_scale: int = TRAINED_SCALE
     loras: tuple[tuple[str, float], ...] = ()
     save_latents: bool = False
+    segment: float = TRAINED_SECONDS
+    hold: str = HOLDS[0]
 
     def __post_init__(self) -> None:
         check_scale(self.image_scale)
+        check_segment(self.segment)
         _check_seconds(self.seconds)
         if not MIN_SHIFT <= self.shift <= MAX_SHIFT:
             raise LineError(f"The shift must be from {MIN_SHIFT:g} to {MAX_SHIFT:g}; got {self.shift:g}.")
 
 
 @dataclass(frozen=True)
+class GivenFiles:
+    """What of a clip is given beside its first frame, in files: see :meth:`NavaPipeline.denoise`.
+
+    ``pictures``: (second or "end", file).
+    """
+
+    sound: Path | None = None
+    sound_start: float = 0.0
+    sound_at: float = 0.0
+    sound_rest: str = RESTS[0]
+    video: Path | None = None
+    pictures: tuple[tuple[float | str, Path], ...] = ()
+    shown: str = next(iter(SHOWN))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(path for path in (self.sound, self.video, *(path for _, path in self.pictures)) if path)
+
+    def request(self) -> dict[str, Any]:
+        """The pipeline's arguments, as far as something is given."""
+        found: dict[str, Any] = {}
+        if self.sound is not None:
+            found |= {"sound": self.sound, "sound_start": self.sound_start, "sound_at": self.sound_at}
+            found["sound_rest"] = self.sound_rest
+        if self.video is not None:
+            found["frames"] = self.video
+        if self.pictures:
+            found["pictures"] = dict(self.pictures)
+        return {**found, "shown": self.shown} if found else {}
+
+    def check(self, mode: str, image: Path | None) -> None:
+        """Raise ValueError, in a sentence, for what does not go together, or with a clip of this mode."""
+        from .pipeline.given import Given
+
+        if self.sound is None and (self.sound_start, self.sound_at, self.sound_rest) != (0.0, 0.0, RESTS[0]):
+            raise LineError("Where a sound begins, and what its rest is, was said of no sound: give one, too.")
+        if self.files or self.shown not in SHOWN:
+            request = self.request() or {"shown": self.shown}
+            Given(image=image, **request).check(mode)
+
+    def moved(self, places: Mapping[Path, Path]) -> GivenFiles:
+        """The same with its files elsewhere."""
+        pictures = tuple((time, places[path]) for time, path in self.pictures)
+        sound, video = (None if path is None else places[path] for path in (self.sound, self.video))
+        return replace(self, sound=sound, video=video, pictures=pictures)
+
+
+@dataclass(frozen=True)
 class Job:
     """One clip to make, checked: the numbers are in range, the files there, the voices bound to speech spans.
 
-    Of a job of several ``takes`` each is a job of its own: see :meth:`split`.
+    ``seconds`` None: as long as the video that is given. ``then``: the prompts of the segments after the first, of a
+    clip that is made in several. Of a job of several ``takes`` each is a job of its own: see :meth:`split`.
     """
 
     prompt: str
-    seconds: float
+    seconds: float | None
     width: int
     height: int
     size_from_image: bool
@@ -96,6 +160,29 @@ class Job:
     takes: int = 1
     take: int | None = None  # which of several, from 0
     save_latents: bool = False
+    given: GivenFiles = GivenFiles()
+    then: tuple[str, ...] = ()
+    segment: float = TRAINED_SECONDS
+    hold: str = HOLDS[0]
+    draft: str | None = None  # what the prompt was rewritten from, where it was
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that it names, in an order that is always the same."""
+        return tuple(path for path in (self.image, *self.voices, *self.given.files) if path is not None)
+
+    @property
+    def segments(self) -> int:
+        """How many segments it is made in."""
+        if self.mode == "audio" or not self.segment or self.seconds is None or self.given.video is not None:
+            return 1
+        return len(split_latents(self.seconds, self.segment))
+
+    def moved(self, places: Mapping[Path, Path]) -> Job:
+        """The same with its files elsewhere."""
+        image = None if self.image is None else places[self.image]
+        voices = tuple(places[voice] for voice in self.voices)
+        return replace(self, image=image, voices=voices, given=self.given.moved(places))
 
     def split(self) -> list[Job]:
         """A job for every take, with the next seed and the take's number, from 0, after its name."""
@@ -147,7 +234,19 @@ class Job:
             "shift": self.shift,
             "preset": self.preset,
             "guidance": self.guidance,
+            **self.given.request(),
         }
+
+    def long_request(self) -> dict[str, Any]:
+        """The arguments of the pipeline's ``make_long``, of a job of several segments."""
+        request = self.request()
+        prompts = [request.pop("prompt"), *self.then]
+        return {"prompts": prompts, "segment": self.segment, "hold": self.hold, **request}
+
+    def again_request(self) -> dict[str, Any]:
+        """Those arguments that say how a finished clip is made again, whatever its length and size."""
+        names = ("prompt", "voices", "assignment", "negative", "seed", "steps", "shift", "preset", "guidance")
+        return {name: value for name, value in self.request().items() if name in names}
 
     def key(self) -> str:
         """A hash of all that the clip follows from, the files' contents included; not of its name.
@@ -158,6 +257,11 @@ class Job:
         facts["guidance"] = None if self.guidance is None else asdict(self.guidance)
         facts["image"] = self.image and file_digest(self.image)
         facts["voices"] = [file_digest(voice) for voice in self.voices]
+        facts |= {name: file_digest(facts[name]) for name in ("sound", "frames") if name in facts}
+        if "pictures" in facts:
+            facts["pictures"] = {str(time): file_digest(path) for time, path in facts["pictures"].items()}
+        if self.segments > 1:
+            facts["segments"] = {"then": self.then, "segment": self.segment, "hold": self.hold}
         if self.mode == "audio" or self.size_from_image:
             del facts["width"], facts["height"]
         if not self.size_from_image or self.image_scale == TRAINED_SCALE:
@@ -169,21 +273,6 @@ class Job:
         if self.preset is not None and not self.scales:
             del facts["negative"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, remembered until the file changes."""
-    status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _digest(path: Path, size: int, modified: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # --- from plain values to a job ----------------------------------------------------------------------------------
@@ -206,31 +295,42 @@ def make_job(
     preset: str | None = None,
     image_scale: int | None = None,
     save_latents: bool | None = None,
+    given: GivenFiles | None = None,
+    then: Sequence[str] = (),
+    segment: float | None = None,
+    hold: str | None = None,
     name: str = "",
     warnings: Sequence[str] = (),
 ) -> Job:
     """A checked job; what is None comes from ``defaults``.
 
     ``voices``: one for all spans, or one a span, None where a span gets the learned null voice; with ``bindings``
-    {span: voice}, both counted from 0, in any number. Raises LineError or another ValueError with the sentence to show.
+    {span: voice}, both counted from 0, in any number; spans are counted through ``prompt`` and ``then``. A clip with a
+    given video is as long as that where ``seconds`` is None. Raises LineError or another ValueError with the sentence
+    to show.
     """
     mode, size = mode or defaults.mode, size or defaults.size
-    seconds = float(_or(seconds, defaults.seconds))
-    if not prompt.strip():
+    given = given or GivenFiles()
+    if seconds is None and given.video is None:
+        seconds = defaults.seconds
+    seconds = None if seconds is None else float(seconds)
+    if not all(each.strip() for each in (prompt, *then)):
         raise LineError("The prompt is empty: describe the clip.")
     if mode == "audio" and image is not None:
         raise LineError("An audio-only clip has no first frame: leave out the image, or make a clip with picture.")
     if mode == "video" and any(voices):
         raise LineError("A picture-only clip has no voices: leave them out, or make a clip with sound.")
-    _check_seconds(seconds)
-    geometry = ClipGeometry(seconds, *(size or DEFAULT_SIZE), mode)
-    given, assignment = _bound(() if mode == "video" else voices, bindings, prompt)
-    return Job(
+    if seconds is not None:
+        _check_seconds(seconds)
+    given.check(mode, image)
+    geometry = ClipGeometry(defaults.seconds if seconds is None else seconds, *(size or DEFAULT_SIZE), mode)
+    spoken, assignment = _bound(() if mode == "video" else voices, bindings, (prompt, *then))
+    job = Job(
         prompt=prompt,
         seconds=seconds,
         width=geometry.width,
         height=geometry.height,
-        size_from_image=image is not None and size is None,
+        size_from_image=(image is not None or given.video is not None) and size is None,
         mode=mode,
         seed=_or(seed, defaults.seed),
         steps=_or(steps, defaults.steps),
@@ -238,7 +338,7 @@ def make_job(
         negative=negative_text(_or(negative, defaults.negative), mode),
         scales=tuple(sorted(defaults.scales.items())),
         image=image,
-        voices=given,
+        voices=spoken,
         assignment=assignment,
         preset=_or(preset, defaults.preset),
         image_scale=_or(image_scale, defaults.image_scale),
@@ -247,7 +347,51 @@ def make_job(
         warnings=tuple(warnings),
         takes=_or(takes, defaults.gen_turn),
         save_latents=_or(save_latents, defaults.save_latents),
+        given=given,
+        then=tuple(then),
+        segment=_or(segment, defaults.segment),
+        hold=_or(hold, defaults.hold),
     )
+    check_segment(job.segment)
+    _check_segments(job)
+    return job
+
+
+def check_segment(seconds: float) -> None:
+    """Raises LineError for a segment's length that is none; 0 stands for clips in one pass."""
+    least = seconds_of_latents(2)
+    if not (seconds == 0 or least <= seconds <= MAX_SECONDS):
+        raise LineError(
+            f"A segment has from {least:.2f} to {MAX_SECONDS:g} seconds, or 0 for a clip in one pass; got {seconds:g}."
+        )
+
+
+def _check_segments(job: Job) -> None:
+    """What goes with clips of one segment, or of several, alone."""
+    if job.hold not in HOLDS:
+        raise LineError(f"What is held from segment to segment is one of {', '.join(HOLDS)}; got {job.hold!r}.")
+    prompts = 1 + len(job.then)
+    if prompts > job.segments:
+        if job.segments == 1:
+            raise LineError(
+                "The prompts that follow are for the segments of a longer clip, and this one is made in one pass: give "
+                "more seconds or shorter segments, and a picture that is not given."
+            )
+        raise LineError(
+            f"There are {prompts} prompts for {job.segments} segments: give fewer, more seconds or shorter segments."
+        )
+    if job.segments == 1:
+        return
+    if job.given.pictures:
+        raise LineError(
+            "Of a clip of several segments only the first frame can be given: leave out the other pictures, or make it "
+            "in one pass (segment 0)."
+        )
+    if job.save_latents:
+        raise LineError(
+            "A clip of several segments has no latents of its own to be kept: leave that out, or make it in one pass "
+            "(segment 0)."
+        )
 
 
 def _check_seconds(seconds: float) -> None:
@@ -262,10 +406,10 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def _bound(
-    voices: Sequence[Path | None], bindings: Mapping[int, int] | None, prompt: str
+    voices: Sequence[Path | None], bindings: Mapping[int, int] | None, prompts: Sequence[str]
 ) -> tuple[tuple[Path, ...], tuple[int | None, ...] | None]:
     """The distinct voices and, where the order of the spans does not say it, which voice speaks each span."""
-    spans, voices = parse_spans(prompt), list(voices)
+    spans, voices = [span for prompt in prompts for span in parse_spans(prompt)], list(voices)
     while len(voices) > len(spans) and voices[-1] is None:
         voices.pop()
     given = tuple(dict.fromkeys(voice for voice in voices if voice is not None))

@@ -19,6 +19,7 @@ from .jobs import (
     MAX_STEPS,
     MAX_TAKES,
     Defaults,
+    GivenFiles,
     Job,
     LineError,
     checked_name,
@@ -47,6 +48,17 @@ KEYS = (
     "image_scale",
     "gen_turn",
     "save_latents",
+    "sound_path",
+    "sound_start",
+    "sound_at",
+    "sound_rest",
+    "video_path",
+    "last_image_path",
+    "images_at",
+    "shown",
+    "then",
+    "segment",
+    "hold",
     "id",
     "name",
 )
@@ -103,9 +115,36 @@ def parse_line(raw: bytes, folder: Path, defaults: Defaults, suffix: str = ".jso
         image_scale=read("image_scale", _scale),
         takes=read("gen_turn", _takes),
         save_latents=read("save_latents", _flag),
+        given=_given(read, folders),
+        then=read("then", _texts) or (),
+        segment=read("segment", _time),
+        hold=read("hold", _hold),
         name=name or other or "",
         warnings=warnings,
     )
+
+
+def _given(read: _Reader, folders: Sequence[Path]) -> GivenFiles:
+    def found(key: str, what: str) -> Path | None:
+        name = read(key, _file)
+        return None if name is None else existing_file(name, what, *folders)
+
+    pictures = [(time, existing_file(name, "image", *folders)) for time, name in read("images_at", _images) or ()]
+    last = found("last_image_path", "image")
+    plain = GivenFiles()
+    return GivenFiles(
+        found("sound_path", "sound"),
+        _or(read("sound_start", _time), plain.sound_start),
+        _or(read("sound_at", _time), plain.sound_at),
+        _or(read("sound_rest", _text), plain.sound_rest),
+        found("video_path", "video"),
+        (*pictures, *(() if last is None else (("end", last),))),
+        _or(read("shown", _shown), plain.shown),
+    )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _prompt(read: _Reader, warnings: list[str]) -> str:
@@ -206,6 +245,10 @@ def _number(value: Any) -> float:
     raise ValueError("a number above 0")
 
 
+def _time(value: Any) -> float:
+    return 0.0 if value == 0 and not isinstance(value, bool) else _number(value)
+
+
 def _whole(value: Any, lowest: int = 1, highest: int = 1 << 16) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -256,6 +299,33 @@ def _voices(value: Any) -> list[str | None]:
     if not isinstance(entries, list) or not all(entry is None or isinstance(entry, str) for entry in entries):
         raise ValueError("a list of files, null for a span without a voice")
     return [None if entry is None else _file(entry) for entry in entries]
+
+
+def _texts(value: Any) -> list[str]:
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError("a list of prompts")
+    return [_text(entry) for entry in entries]
+
+
+def _images(value: Any) -> list[tuple[float, str]]:
+    if not isinstance(value, dict):
+        raise ValueError('files by the second they stand at, as {"2.5": "file.png"}')
+    times = []
+    for key, name in value.items():
+        try:
+            times.append((_time(float(key)), _text(name)))
+        except ValueError:
+            raise ValueError('files by the second they stand at, as {"2.5": "file.png"}') from None
+    return times
+
+
+def _hold(value: Any) -> str:
+    return _text(value).replace("+", " and ")
+
+
+def _shown(value: Any) -> str:
+    return _text(value).replace("-", " ")
 
 
 def _name(value: Any) -> str:

@@ -311,7 +311,8 @@ def apply_loudness(waveform: torch.Tensor, mode: str = LOUDNESS_MODES[0]) -> tor
 # ---------------------------------------------------------------- reading
 
 
-def _existing(path: str | os.PathLike) -> Path:
+def existing_file(path: str | os.PathLike) -> Path:
+    """``path``, if there is such a file; raises FileNotFoundError."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
@@ -325,7 +326,7 @@ def read_audio(path: str | os.PathLike, max_seconds: float | None = None) -> tup
     """
     import av
 
-    path = _existing(path)
+    path = existing_file(path)
     try:
         with av.open(str(path)) as container:
             if not container.streams.audio:
@@ -364,7 +365,7 @@ def read_image(path: str | os.PathLike) -> torch.Tensor:
     import numpy
     from PIL import Image, ImageOps
 
-    path = _existing(path)
+    path = existing_file(path)
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)

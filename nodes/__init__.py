@@ -2,11 +2,14 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .assist import ASSIST_NODES
 from .decode import DECODE_NODES
+from .given import GIVEN_NODES
 from .host.prompt_route import add_prompt_route
 from .latents import LATENT_NODES
 from .loaders import LOADER_NODES
 from .prompt import PROMPT_NODES
+from .report import REPORT_NODES
 from .runtime import RUNTIME_NODES
 from .sampling import SAMPLING_NODES
 from .timbre import TIMBRE_NODES
@@ -24,7 +27,10 @@ class NavaExtension(ComfyExtension):
             *RUNTIME_NODES,
             *TIMBRE_NODES,
             *PROMPT_NODES,
+            *ASSIST_NODES,
             *LATENT_NODES,
+            *GIVEN_NODES,
             *SAMPLING_NODES,
             *DECODE_NODES,
+            *REPORT_NODES,
         ]

@@ -18,7 +18,8 @@ class NavaDecodeVideo(io.ComfyNode):
             node_id="NavaDecodeVideo",
             display_name="NAVA Decode Video",
             category=category("decode"),
-            description="Turns a clip's latent into frames, in memory that does not grow with its length.",
+            description="Turns a clip's latent into frames, in memory that does not grow with its length. Given frames "
+            "come out as they were given.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From NAVA Sampler."),
                 io.Vae.Input("vae", tooltip="The Wan2.2 video VAE."),
@@ -62,7 +63,8 @@ class NavaDecodeAudio(io.ComfyNode):
             node_id="NavaDecodeAudio",
             display_name="NAVA Decode Audio",
             category=category("decode"),
-            description="Turns a clip's latent into 48 kHz stereo sound, exactly as long as its picture.",
+            description="Turns a clip's latent into 48 kHz stereo sound, exactly as long as its picture. Given sound "
+            "comes out as it was given, at its own rate.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From NAVA Sampler."),
                 io.Vae.Input("audio_vae", tooltip="From NAVA Load Audio VAE."),

@@ -1,7 +1,7 @@
 """Model files: recognised by content, described from their header, read safely, loaded tensor by tensor."""
 
 from .headers import FileInfo, TensorInfo, describe_file, format_bytes, format_count
-from .kinds import BACKBONES, CLIP_LATENTS, FileKind, WrongFileError, explain_wrong_file
+from .kinds import BACKBONES, CLIP_LATENTS, VOICE_TENSOR, FileKind, WrongFileError, explain_wrong_file
 from .loading import (
     PlannedTensor,
     WeightChange,
@@ -22,6 +22,7 @@ from .source import TensorSource, open_checkpoint
 __all__ = [
     "BACKBONES",
     "CLIP_LATENTS",
+    "VOICE_TENSOR",
     "FileInfo",
     "FileKind",
     "PlannedTensor",

@@ -148,7 +148,8 @@ class FileInfo:
         if not self.tensors:
             return f"{self.path.name} is {self.what}."
         types = f", {' and '.join(self.dtypes)}" if self.dtypes else ""
-        count = f"{format_count(self.parameters)} parameters in {len(self.tensors)} tensors"
+        tensors = "1 tensor" if len(self.tensors) == 1 else f"{len(self.tensors)} tensors"
+        count = f"{format_count(self.parameters)} parameters in {tensors}"
         return f"{self.path.name} is {self.what}: {count}{types}, {format_bytes(self.size)}."
 
 

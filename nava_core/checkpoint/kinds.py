@@ -29,6 +29,7 @@ class FileKind(str, Enum):
     REDIMNET = "redimnet"
     TAE = "tae"
     NAVA_LATENTS = "nava_latents"
+    NAVA_VOICE = "nava_voice"
     COMFYUI_LATENT = "comfyui_latent"
     EMPTY = "empty"
     HTML = "html"
@@ -43,6 +44,7 @@ class FileKind(str, Enum):
 
 SHOWN_NAMES, SHOWN_LENGTH = 3, 80  # of tensors in a sentence
 CLIP_LATENTS = ("nava_latents.video", "nava_latents.audio")  # the tensors of a clip's latents in a file
+VOICE_TENSOR = "nava_voice.timbre"  # the tensor of a saved voice
 BACKBONES = frozenset({FileKind.NAVA_BACKBONE, FileKind.NAVA_BACKBONE_FP8, FileKind.NAVA_BACKBONE_QUANTISED})
 
 NOUNS = {
@@ -65,6 +67,7 @@ NOUNS = {
     FileKind.REDIMNET: "a ReDimNet speaker encoder",
     FileKind.TAE: "a small preview decoder (TAE)",
     FileKind.NAVA_LATENTS: "the latents of a clip",
+    FileKind.NAVA_VOICE: "a saved voice",
     FileKind.COMFYUI_LATENT: "a latent that ComfyUI saved",
     FileKind.EMPTY: "an empty file",
     FileKind.HTML: "a web page, not a model",
@@ -86,11 +89,13 @@ CHOICES = {
     FileKind.UMT5_ORIGINAL: "models_t5_umt5-xxl-enc-bf16.pth",
     FileKind.REDIMNET: "M-vb2+vox2+cnc-ft_mix.pt",
     FileKind.TAE: "lighttaew2_2 or taew2_2",
+    FileKind.NAVA_VOICE: "a file that NAVA Save Timbre or `nava voice` wrote",
 }
 
 REMEDIES = {
     FileKind.LORA: "apply it to a loaded model with a LoRA loader",
     FileKind.NAVA_LATENTS: "`nava decode` makes a clip of it",
+    FileKind.NAVA_VOICE: "it is used by NAVA Load Timbre and `nava generate --voice`",
     FileKind.COMFYUI_LATENT: "`nava decode` makes a clip of it",
     FileKind.HTML: "the address it came from answered with a page, perhaps for a login or a licence; download it again",
     FileKind.TEXT: "the address it came from answered with a message; download it again",
@@ -201,6 +206,7 @@ _RULES = (
     _Rule(FileKind.REDIMNET, ("backbone.stage0.0.w", "backbone.stage0.2.weight", "linear.weight")),
     _Rule(FileKind.TAE, ("decoder.1.weight", "decoder.22.bias")),
     _Rule(FileKind.NAVA_LATENTS, (), _has_clip_latents),
+    _Rule(FileKind.NAVA_VOICE, (VOICE_TENSOR,)),
     _Rule(FileKind.COMFYUI_LATENT, ("latent_tensor",)),
 )
 

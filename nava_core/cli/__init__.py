@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from ..explain import explain
-from . import batch, decode, demo, files, generate
+from . import batch, decode, demo, extend, files, generate, refine, report, retake, rewrite, voice
 from .options import UsageError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -27,8 +27,14 @@ DESCRIPTION = """NAVA without a host: video and its sound from one prompt, from 
   nava demo                                   does it run here? A clip of noise from small models made on the spot
   nava inspect models/*                       what is a file, would it load, how much memory does it take
   nava generate "..." --models models         one clip
+  nava rewrite "..." --server URL             a draft becomes the dense prompt that NAVA wants
   nava batch clips.jsonl --out clips --models models      many clips
+  nava extend clip.mp4 "..." --seconds 8 --models models  a finished clip that goes on
+  nava retake clip.mp4 "..." --from 2 --to 3 --models models      a span of it made again
+  nava refine clip.mp4 "..." --denoise 0.4 --models models        a second pass over its picture
   nava decode clip.latents.safetensors --models models    a clip from latents that were kept
+  nava report clip.mp4                        how loud, in time, in the right voice; what is broken
+  nava voice make anna.wav --models models    a voice that stays: kept in a small file, listed, blended with others
   nava convert NAVA.safetensors NAVA_fp8.safetensors      a backbone in another type
 
 `nava COMMAND --help` has the options and examples of each."""
@@ -52,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (generate, batch, decode, files, demo):
+    for module in (generate, batch, rewrite, extend, retake, refine, decode, report, voice, files, demo):
         for command in module.COMMANDS:
             added = commands.add_parser(
                 command.name,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .decoding import add_decoding_options
+from .given import add_segment_options
 from .options import (
     MODEL_ROLES,
     Command,
@@ -30,6 +31,7 @@ from .options import (
     writable_folder,
 )
 from .progress import Progress, format_duration
+from .rewriting import add_chat_options, chat_backend
 
 SHOWN_PROBLEMS = 10
 WORKER_DEVICES = {"auto": (None, None), "cuda": (1, "cuda"), "cpu": (0, "cpu")}  # GPUs of a worker, and its device
@@ -38,13 +40,21 @@ DESCRIPTION = """A clip for every line of FILE, the models being loaded once. A 
 
   prompt (or text, txt)       the prompt, speech written as <S>words<E> (the one key that must be there)
   image_path                  the first frame
-  spk_wavs                    list of reference voices: one for all spans, or one a span, null (or "None") for none
+  spk_wavs                    list of reference voices: one for all spans, or one a span, null (or "None") for none;
+                              recordings, or files of `nava voice`
   seconds, width, height      as --seconds and --size
   image_scale                 as --image-scale
   seed, steps, negative       as the options of those names (negative: a text, "default" or "zero")
   gen_turn                    as --gen-turn
   save_latents                true: as --save-latents
   preset                      as --preset
+  sound_path                  a sound that the clip has as it is, with sound_start, sound_at and sound_rest as the
+                              options of `nava generate`
+  video_path                  a video of which the picture is kept and sound is made, as long as it without seconds
+  last_image_path, images_at  the last frame; others as {"2.5": "file.png"}, by their seconds
+  shown                       "clean" or "matched noise", as --shown of `nava generate`
+  then                        list of the prompts of the next segments of a longer clip
+  segment, hold               as --segment and --hold
   audio_only, video_only      true: a WAV of sound alone, an MP4 of picture alone
   id (or name)                the clip's file name without ending; without it, line number and a hash of the content
 
@@ -54,9 +64,10 @@ id|words of the recording|recording|words to say, and a WAV of these words in th
 Files are sought beside FILE, then in the working directory. Options below hold for lines that say nothing else. A line
 that cannot be used or fails is recorded and the rest goes on. Run the same command again to go on after an
 interruption or a repair: what is finished is skipped, a changed line is made again, and a clip of which the latents
-were kept is finished from them. A line with the same content as an earlier one is not made twice: it refers to that
-clip, or gets a link to it under its own id. A --lora holds for all lines and is part of their content. The models,
---device and --dtype are not: clips of other models belong in another folder, or --remake.
+were kept is finished from them; one of several segments goes on after the last stage that was finished. A line with
+the same content as an earlier one is not made twice: it refers to that clip, or gets a link to it under its own id. A
+--lora holds for all lines and is part of their content. The models, --device and --dtype are not: clips of other
+models belong in another folder, or --remake.
 
 FOLDER gets the clips, report.jsonl (every line's fate as it happens) and summary.json (all lines of the last run)."""
 
@@ -109,7 +120,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of a Ray cluster that this machine is a node of (default: NAVA_RAY_ADDRESS or RAY_ADDRESS); without "
         "--workers on all its GPUs. Every machine needs this pack, and the models under the same path",
     )
+    rewriting = parser.add_argument_group("rewriting (see nava rewrite --help)")
+    rewriting.add_argument(
+        "--rewrite",
+        action="store_true",
+        help="have a chat model rewrite every line's prompt before the first clip is made; rewrites.jsonl in FOLDER "
+        "remembers what it wrote, so that a rerun does not ask again (remove it to have all written anew)",
+    )
+    add_chat_options(rewriting)
     add_clip_options(parser)
+    add_segment_options(parser)
     add_model_options(parser)
     add_decoding_options(parser)
     add_parallel_options(parser)
@@ -140,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
     for note in [*ignored_options(args), *(loras.notes if loras else ())]:
         progress.say(note)
     defaults = replace(defaults, loras=tuple((lora_fingerprint(path), value) for path, value in args.lora if value))
-    makers = _makers(args, files, progress)
+    makers = {**_makers(args, files, progress), "rewriter": _rewriter(args, files)}
     watcher = _Watcher(progress, several="make_runner" in makers)
     result = None
     try:
@@ -160,6 +180,21 @@ def run(args: argparse.Namespace) -> int:
             print(f"Not finished: {watcher.summary(check.lines)}. Run the same command again to go on.", flush=True)
     _print_summary(result, watcher, check.lines, folder)
     return 1 if result.failures else 0
+
+
+def _rewriter(args: argparse.Namespace, files: Any) -> Any:
+    """What rewrites the lines' prompts; None where they stay as they are. Raises UsageError."""
+    if not args.rewrite:
+        if args.server is not None or args.server_model is not None or args.chat_model is not None:
+            raise UsageError("--server, --server-model and --chat-model are for --rewrite: add it, or leave them out.")
+        return None
+    from ..components.text_encoder import load_tokenizer
+    from ..rewrite.batch import BatchRewriter
+
+    settings = {"language": args.language, "temperature": args.temperature, "max_tokens": args.max_tokens}
+    if files is not None:
+        settings["tokenizer"] = load_tokenizer(files.text_encoder, files.tokenizer)
+    return BatchRewriter(chat_backend(args), **settings)
 
 
 def _show_problems(check: Any, progress: Progress, most: int) -> None:

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"There is no file {missing[0]}: give the latents of a clip.")
     latents = ClipLatents.load(*args.latents)
     target = clip_target(args, latents.suffix, _name(args.latents[0]))
-    files = model_files(args, [role for part, role in VAES.items() if getattr(latents, part) is not None])
+    files = model_files(args, _needed(latents))
     progress = Progress()
     open_decoder: Any = args.open_pipeline or ClipDecoder.from_files
     device = device_of(args)
@@ -82,6 +82,14 @@ def run(args: argparse.Namespace) -> int:
         progress.say(line)
     print(target)
     return 0
+
+
+def _needed(latents: Any) -> list[str]:
+    """The VAEs that a clip is decoded by; a sound that was given in full needs none."""
+    parts = [part for part in VAES if getattr(latents, part) is not None]
+    if latents.originals is not None and latents.originals.has_all_sound:
+        parts.remove("audio")
+    return [VAES[part] for part in parts]
 
 
 def _name(path: Path) -> str:

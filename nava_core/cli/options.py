@@ -70,20 +70,20 @@ def size(text: str) -> tuple[int, int]:
 
 
 def positive(text: str) -> float:
-    value = _number(text)
+    value = number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"it must be above 0, got {text}")
     return value
 
 
 def scale(text: str) -> float:
-    value = _number(text)
+    value = number(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"a scale is 0 or more, got {text}")
     return value
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -352,7 +352,7 @@ def types_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_clip_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("clip")
-    group.add_argument("--seconds", type=positive, default=6.0, help="length; the model was trained to 10 (default: 6)")
+    group.add_argument("--seconds", type=positive, help="length; longer than 10 in segments (default: 6)")
     group.add_argument(
         "--size",
         type=size,
@@ -372,13 +372,18 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--mode", choices=["video+audio", "audio", "video"], help="what the clip has (video+audio)")
     mode.add_argument("--audio-only", dest="mode", action="store_const", const="audio", help="sound alone, a .wav")
     mode.add_argument("--video-only", dest="mode", action="store_const", const="video", help="picture alone")
-    group.add_argument(
+    add_sampling_options(parser)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How anything is sampled, which commands share that make a clip and that make one again."""
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
         "--negative",
         metavar="TEXT",
         help='what to stay away from: a text, "default" for the built-in Chinese terms that suit the mode, '
         'or "zero" for the all-zero null of training (default: default)',
     )
-    sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0, help="the noise it starts from (0)")
     sampling.add_argument("--steps", type=whole_number(1, 1000), help="denoising steps (50)")
     sampling.add_argument("--shift", type=positive, help="more of the schedule at high noise (5)")
@@ -400,15 +405,15 @@ def defaults_of(args: argparse.Namespace) -> Any:
     from ..geometry import ClipGeometry
     from ..jobs import Defaults
 
-    mode = args.mode or "video+audio"
+    mode, seconds = getattr(args, "mode", None) or "video+audio", args.seconds or 6.0
     scales = {name: getattr(args, name) for name in SCALES if getattr(args, name) is not None}
     if args.no_alignment:
         scales["alignment"] = False
     try:
         if args.size is not None:
-            ClipGeometry(args.seconds, *args.size)
+            ClipGeometry(seconds, *args.size)
         return Defaults(
-            args.seconds,
+            seconds,
             args.size,
             mode,
             args.seed,
@@ -417,10 +422,17 @@ def defaults_of(args: argparse.Namespace) -> Any:
             "default" if args.negative is None else args.negative,
             scales,
             preset=args.preset,
-            image_scale=args.image_scale,
+            image_scale=getattr(args, "image_scale", 960),
+            **_segments_of(args),
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _segments_of(args: argparse.Namespace) -> dict[str, Any]:
+    if not hasattr(args, "segment"):
+        return {}
+    return {"segment": args.segment, "hold": args.hold.replace("+", " and ")}
 
 
 def ignored_options(args: argparse.Namespace) -> list[str]:
@@ -434,12 +446,12 @@ def ignored_options(args: argparse.Namespace) -> list[str]:
     return [f"Not used, because --preset {args.preset} brings its own: {', '.join(given)}."]
 
 
-def writable_folder(path: Path) -> Path:
+def writable_folder(path: Path, option: str = "--out") -> Path:
     """An absolute folder that files can be made in, itself or its nearest parent being there. Raises UsageError."""
     path = Path(os.path.abspath(path))
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not there.is_dir():
-        raise UsageError(f"--out: {there} is a file, not a folder.")
+        raise UsageError(f"{option}: {there} is a file, not a folder.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"--out: {there} cannot be written to.")
+        raise UsageError(f"{option}: {there} cannot be written to.")
     return path

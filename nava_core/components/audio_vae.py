@@ -1,4 +1,4 @@
-"""The LTX-2.3 audio VAE and its vocoder through diffusers, in fp32: audio latents to 48 kHz stereo.
+"""The LTX-2.3 audio VAE and its vocoder through diffusers, in fp32: audio latents to 48 kHz stereo, sound to latents.
 
 The configuration is the JSON in the file's metadata. diffusers' VAE leaves latents as they are; the file's statistics
 for each of the 128 values of a time step are applied here.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,6 +20,8 @@ from torch import nn
 from ..checkpoint import FileInfo, FileKind, TensorSource, WrongFileError, open_checkpoint
 from ..decoding import ONE_PIECE, SoundForm, decode_sound
 from ..geometry import AUDIO_BINS, AUDIO_CHANNELS
+from ..timbre.resample import resample
+from .log_mel import log_mel
 from .weights import fill, need, recognised
 
 VAE_PREFIX, VOCODER_PREFIX = "audio_vae.", "vocoder."
@@ -25,14 +29,41 @@ MEAN, STD = (f"per_channel_statistics.{kind}-of-means" for kind in ("mean", "std
 MEL_BANDS = 64
 FIRST_DIFFUSERS = "0.38"  # the first with the vocoder's bandwidth extension
 DECODE_BYTES = 31_000 * 4  # for each latent bin: 15 % over what is counted at the released width, for workspaces
+ENCODE_BYTES = 55_700 * 4  # for each mel frame, likewise
+MELS_PER_STEP = 4
+LEAST_SECONDS = 0.1  # of sound to encode
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """What the VAE hears: mel bands of sound at ``rate``, every ``hop`` samples, through windows of ``n_fft``."""
+
+    rate: int = 16_000
+    n_fft: int = 1024
+    hop: int = 160
+    bands: int = MEL_BANDS
 
 
 class AudioVAE(nn.Module):
-    """Normalised audio latents to sound: statistics undone, latents to mel bands, mel bands to a waveform."""
+    """Normalised audio latents to sound: statistics undone, latents to mel bands, mel bands to a waveform; and back.
 
-    def __init__(self, decoder: nn.Module, vocoder: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
+    ``read_encoder`` reads the encoder, which ``encode`` needs and ``decode`` does not, when it is first used.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        vocoder: nn.Module,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        read_encoder: Callable[[], nn.Module] | None = None,
+        hearing: Hearing | None = None,
+    ) -> None:
         super().__init__()
         self.decoder = decoder
+        self.encoder: nn.Module | None = None
+        self.read_encoder = read_encoder
+        self.hearing = hearing or Hearing()
         self.vocoder = vocoder
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
@@ -54,6 +85,45 @@ class AudioVAE(nn.Module):
     def _decode(self, latent: torch.Tensor) -> torch.Tensor:
         return self.vocoder(self.decoder(latent.to(self.mean) * self.std + self.mean))
 
+    @torch.no_grad()
+    def encode(self, waveform: torch.Tensor, rate: int, steps: int) -> torch.Tensor:
+        """Waveform (C, N) within -1..1 at ``rate`` -> latent (1, 8, steps, 16), normalised, fp32 on the CPU.
+
+        Resampled once to the VAE's rate. What is missing of ``steps`` is heard as silence, what is too much is left
+        out. Mono serves both channels; of more than two both get the mean. Raises ValueError for less than 0.1 s.
+        """
+        if waveform.ndim != 2 or waveform.shape[1] < LEAST_SECONDS * rate or steps < 1:
+            raise ValueError(
+                f"Sound of at least {LEAST_SECONDS} s and shape (channels, samples) is needed for one audio latent or "
+                f"more; got {tuple(waveform.shape)} at {rate} Hz for {steps}."
+            )
+        if self.encoder is None:
+            if self.read_encoder is None:
+                raise RuntimeError("This audio VAE has no encoder: load it with load_audio_vae.")
+            self.encoder = self.read_encoder().to(self.mean.device)
+        mel = log_mel(self._heard(waveform, rate, steps), **vars(self.hearing))
+        parts = self.encoder(mel[None].to(self.mean))  # mean and log variance; the mean is the latent
+        latent = (parts[:, :AUDIO_CHANNELS, :steps] - self.mean) / self.std
+        return latent.float().cpu()
+
+    def _heard(self, waveform: torch.Tensor, rate: int, steps: int) -> torch.Tensor:
+        """(2, N) at the VAE's rate, of samples enough for ``steps`` and not many more."""
+        hearing = self.hearing
+        step = MELS_PER_STEP * hearing.hop
+        needed = steps * step
+        past = math.ceil((needed + hearing.n_fft) * rate / hearing.rate) + rate // 10  # the window's, the filter's
+        waveform = waveform[:, :past].detach().float().cpu()
+        if waveform.shape[0] != 2:
+            waveform = waveform.mean(dim=0, keepdim=True)
+        heard = torch.stack([resample(channel, rate, hearing.rate) for channel in waveform]).expand(2, -1)
+        is_short = heard.shape[1] < needed - step  # no frame for the last step
+        return nn.functional.pad(heard, (0, needed - heard.shape[1])) if is_short else heard
+
+    @staticmethod
+    def encode_bytes(steps: int) -> int:
+        """An estimate of the memory that encoding ``steps`` audio latents takes beside the weights."""
+        return (MELS_PER_STEP * steps + 16) * ENCODE_BYTES
+
     @staticmethod
     def decode_bytes(shape: tuple[int, ...], form: SoundForm = ONE_PIECE) -> int:
         """An estimate of the memory that decoding a latent of ``shape`` takes beside the weights."""
@@ -61,19 +131,41 @@ class AudioVAE(nn.Module):
 
 
 def load_audio_vae(path: str | os.PathLike | FileInfo, *, device: torch.device | str = "cpu") -> AudioVAE:
-    """The decoding half of the LTX-2.3 audio VAE with its vocoder, in fp32 as the vocoder needs.
+    """The LTX-2.3 audio VAE with its vocoder, in fp32 as the vocoder needs; its encoder is read when it is first used.
 
     Read from its own file, or out of a checkpoint that holds it beside other models. Raises FileNotFoundError,
     WrongFileError for another file, one without configuration or an incomplete one, RuntimeError where diffusers is not
     installed or too old.
     """
     info = audio_vae_part(recognised(path, FileKind.LTX_AUDIO_VAE))
-    decoder, vocoder = _build(*audio_vae_config(info))
+    vae, arguments = audio_vae_config(info)
+    decoder, vocoder = _build(vae, arguments)
     with open_checkpoint(info) as source:
         fill(decoder, _tensors(source, f"{VAE_PREFIX}decoder."), info.path.name)
         fill(vocoder, ((vocoder_name(n), t) for n, t in _tensors(source, VOCODER_PREFIX)), info.path.name)
         mean, std = (_statistics(source, name) for name in (MEAN, STD))
-    return AudioVAE(decoder, vocoder, mean, std).eval().requires_grad_(False).to(device)
+    read_encoder = partial(_load_encoder, info, vae)
+    loaded = AudioVAE(decoder, vocoder, mean, std, read_encoder, _hearing(info, vae))
+    return loaded.eval().requires_grad_(False).to(device)
+
+
+def _load_encoder(info: FileInfo, arguments: dict) -> nn.Module:
+    build, _ = diffusers_classes()
+    with torch.device("meta"):
+        encoder = build(**arguments).encoder
+    with open_checkpoint(info) as source:
+        fill(encoder, _tensors(source, f"{VAE_PREFIX}encoder."), info.path.name)
+    return encoder.eval().requires_grad_(False)
+
+
+def _hearing(info: FileInfo, arguments: Mapping) -> Hearing:
+    stft = _configuration(info)["audio_vae"].get("preprocessing", {}).get("stft", {})
+    return Hearing(
+        arguments["sample_rate"],
+        stft.get("filter_length", Hearing.n_fft),
+        arguments["mel_hop_length"],
+        arguments["mel_bins"],
+    )
 
 
 def audio_vae_part(info: FileInfo) -> FileInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..checkpoint import BACKBONES, FileInfo, FileKind, backbone_problem, estimate_memory, explain_wrong_file
+from ..voices import voice_problem
 from .audio_vae import audio_vae_config, audio_vae_part
 from .text_encoder import text_encoder_config
 from .video_vae import video_vae_config
@@ -28,6 +29,8 @@ def load_problem(info: FileInfo) -> str | None:
             text_encoder_config(info)
         elif info.kind is FileKind.WAN22_VAE:
             video_vae_config(shapes_of(info), info.path.name)
+        elif info.kind is FileKind.NAVA_VOICE:
+            return voice_problem(info)
         elif info.kind not in WHOLE:
             return explain_wrong_file(info, "a file of NAVA's (backbone, umt5, Wan2.2 VAE, LTX audio VAE, ReDimNet)")
     except ValueError as error:

@@ -80,18 +80,20 @@ class MemoryPlan:
     batched: bool
     text_encoder: Placement | None = None
     first_frame: Placement | None = None
+    sound: Placement | None = None
 
     def __str__(self) -> str:
         """One sentence for people."""
         said = [f"backbone {self.backbone}"]
         named = {"text encoder": self.text_encoder, "first frame encoded": self.first_frame}
+        named["sound encoded"] = self.sound
         said += [f"{what} {where}" for what, where in named.items() if where and str(where) != "resident"]
         return f"Budget {format_bytes(self.budget)}: {'; '.join(said)}."
 
     @property
     def is_tight(self) -> bool:
         """Whether something is not as it would be with memory enough."""
-        places = (self.backbone, self.text_encoder, self.first_frame)
+        places = (self.backbone, self.text_encoder, self.first_frame, self.sound)
         return any(place is not None and (place.streamed or place.device.type == "cpu") for place in places)
 
 

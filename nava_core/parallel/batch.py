@@ -1,7 +1,7 @@
 """A batch's clips made by several workers, Ray actors on this machine or over a cluster.
 
 A worker writes a clip to a file of its own and hands over the bytes, so that its machine need not share a disk with the
-batch's; the pictures and voices of a job go to it in the same way. The models it reads from the paths that they have
+batch's; the files that a job names go to it in the same way. The models it reads from the paths that they have
 here. A worker that ends is replaced, and its clip goes to another.
 """
 
@@ -67,7 +67,11 @@ class BatchWorker:
         folder = Path(tempfile.mkdtemp(prefix="nava-clip-", dir=scratch))
         try:
             job, names = _with_local_inputs(task.job, inputs, folder)
-            local = replace(task, job=job, path=folder / task.path.name, latents=folder / "kept" / task.latents.name)
+            state = task.state
+            if state is not None and not state.parent.parent.is_dir():
+                state = folder / "segments"  # this machine does not share the batch's disk
+            kept_at = folder / "kept" / task.latents.name
+            local = replace(task, job=job, path=folder / task.path.name, latents=kept_at, state=state)
             local.latents.parent.mkdir()
             if kept is not None:
                 local.latents.write_bytes(kept)
@@ -91,15 +95,14 @@ class BatchWorker:
 
 
 def _with_local_inputs(job: Job, inputs: Inputs, folder: Path) -> tuple[Job, dict[str, str]]:
-    """The job with its picture and voices as files in ``folder``; and what they are called by whom: {here: there}."""
+    """The job with the files that it names in ``folder``; and what they are called by whom: {here: there}."""
     places = {}
     for number, (path, data) in enumerate(inputs.items()):
         places[path] = folder / str(number) / path.name
         places[path].parent.mkdir()
         places[path].write_bytes(data)
     names = {str(place): str(path) for path, place in places.items()}
-    image = None if job.image is None else places[job.image]
-    return replace(job, image=image, voices=tuple(places[voice] for voice in job.voices)), names
+    return job.moved(places), names
 
 
 def _for_the_road(result: Made | Failed, names: dict[str, str]) -> Made | Failed:
@@ -206,7 +209,7 @@ class WorkersRunner(Runner):
             while self.queue and worker.ready and worker.task is None:
                 task = self.queue.popleft()
                 try:
-                    inputs = {path: path.read_bytes() for path in (task.job.image, *task.job.voices) if path}
+                    inputs = {path: path.read_bytes() for path in task.job.files}
                     kept = None if task.kept_latents() is None else task.latents.read_bytes()
                 except OSError as error:
                     self.results.append((task, failure_of(error)))

@@ -19,14 +19,19 @@ from ..decoding import Decoding
 from .clip import Clip
 from .devices import check_memory, choose_device
 from .files import KINDS, NAMES, VAES, ModelFiles, find_model_files
+from .given import Retake
 from .latents import ClipLatents, LatentsError
 from .memory import Components
 from .pipeline import ClipDecoder, NavaPipeline
+from .revise import is_latents_file
+from .segment_state import StateError
+from .segments import SEGMENT_SECONDS, LongClip
 from .stages import Voice, clip_geometry, clip_noise, default_guidance, fit_picture
 
 __all__ = [
     "KINDS",
     "NAMES",
+    "SEGMENT_SECONDS",
     "VAES",
     "Clip",
     "ClipDecoder",
@@ -34,8 +39,11 @@ __all__ = [
     "Components",
     "Decoding",
     "LatentsError",
+    "LongClip",
     "ModelFiles",
     "NavaPipeline",
+    "Retake",
+    "StateError",
     "Voice",
     "check_memory",
     "choose_device",
@@ -44,6 +52,7 @@ __all__ = [
     "default_guidance",
     "find_model_files",
     "fit_picture",
+    "is_latents_file",
     "load_problem",
     "memory_bytes",
 ]

@@ -25,6 +25,7 @@ from .files import NAMES
 from .latents import ClipLatents
 from .memory import Components
 
+GIVEN_AT_ONCE = 8  # frames that are handed out at a time where none is decoded
 ADVICE = "make the clip smaller or shorter, or free the memory other programs hold"
 
 
@@ -77,9 +78,15 @@ def decode_audio(components: Components, latent: torch.Tensor, duration: float) 
 
 
 def decode_clip(components: Components, latents: ClipLatents, decoding: Decoding, step: Step | None = None) -> Clip:
-    """The clip of ``latents``, its frames in memory."""
-    waveform, rate = _sound_of(components, latents)
-    frames = None if latents.video is None else decode_video(components, latents.video, decoding, step)
+    """The clip of ``latents``, its frames in memory; what is given in full is not decoded, nor its VAE loaded."""
+    waveform, rate = clip_sound(components, latents)
+    if latents.video is None:
+        frames = None
+    elif latents.originals is None:
+        frames = decode_video(components, latents.video, decoding, step)
+    else:
+        with closing(clip_frames(components, latents, decoding, step)) as parts:
+            frames = collect(parts, frames_of_latents(latents.video.shape[2]))
     return Clip(frames, waveform, rate, latents.video, latents.audio, latents.report, latents.warnings)
 
 
@@ -92,22 +99,58 @@ def save_clip(
 ) -> Path:
     """Write the clip of ``latents`` as :meth:`Clip.save` does, each frame as soon as it is decoded.
 
-    Memory does not grow with the clip beside its sound. Returns the path; what fails, or is interrupted, leaves no
-    file.
+    Memory does not grow with the clip beside its sound and the frames that were given. Returns the path; what fails, or
+    is interrupted, leaves no file.
     """
     path = checked_path(path, latents.video is not None)
-    waveform, rate = _sound_of(components, latents)
+    waveform, rate = clip_sound(components, latents)
     if latents.video is None:
         write_wav(path, waveform, rate, bits=24)
         return path
     total = frames_of_latents(latents.video.shape[2])
-    with closing(stream_video(components, latents.video, decoding, step)) as frames:
+    with closing(clip_frames(components, latents, decoding, step)) as frames:
         mux(path, frames, waveform, rate or None, FPS, total=total)
     return path
 
 
-def _sound_of(components: Components, latents: ClipLatents) -> tuple[torch.Tensor | None, int]:
-    return (None, 0) if latents.audio is None else decode_audio(components, latents.audio, latents.duration)
+def clip_sound(components: Components, latents: ClipLatents) -> tuple[torch.Tensor | None, int]:
+    """A clip's waveform (C, N) and its rate, (None, 0) without sound: decoded, with what was given of it as it was.
+
+    A sound that is given in full comes at its own rate, and the audio VAE is not loaded.
+    """
+    if latents.audio is None:
+        return None, 0
+    originals = latents.originals
+    if originals is not None and originals.has_all_sound:
+        components.say("The sound is the given one: nothing of it is decoded.")
+        return originals.put_sound(None, originals.sample_rate)
+    waveform, rate = decode_audio(components, latents.audio, latents.duration)
+    return (waveform, rate) if originals is None else originals.put_sound(waveform, rate)
+
+
+def clip_frames(
+    components: Components, latents: ClipLatents, decoding: Decoding, step: Step | None = None
+) -> Iterator[torch.Tensor]:
+    """A clip's frames in parts (f, height, width, 3) as :func:`stream_video` gives them, with the given ones as they
+    were. Frames that are given in full are not decoded, and the video VAE is not loaded."""
+    originals = latents.originals
+    if originals is None:
+        yield from stream_video(components, latents.video, decoding, step)
+        return
+    if originals.has_all_frames:
+        components.say("The picture is the given one: nothing of it is decoded.")
+        total = len(originals.frames)
+        for first in range(0, total, GIVEN_AT_ONCE):
+            if step is not None:
+                step(first, total)
+            frames = originals.frames[first : first + GIVEN_AT_ONCE]
+            yield frames.float() / 255 if frames.dtype is torch.uint8 else frames.float()
+        return
+    done = 0
+    with closing(stream_video(components, latents.video, decoding, step)) as parts:
+        for part in parts:
+            yield originals.put_frames(part, done)
+            done += len(part)
 
 
 def _sound(vae: AudioVAE, latent: torch.Tensor, form: SoundForm) -> torch.Tensor:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,9 +23,17 @@ from ..geometry import (
 )
 from ..media import LATENTS_STAGE, check_finite, whole_file
 
+if TYPE_CHECKING:
+    from ..given.originals import Originals
+
 SUFFIX = ".latents.safetensors"
 FORMAT, VERSION = "nava_latents", 1
 COMFYUI_TENSOR = "latent_tensor"
+SOUND_TENSOR = "nava_latents.given_sound"  # (C, N) of what was given of the sound
+FRAMES_NOT_KEPT = (
+    "The frames that were given are not in the latents' file: a clip that is decoded of it has them as the video VAE "
+    "gives them back."
+)
 MOST_APART = 1.0  # seconds between the lengths that a clip's picture and sound latents say
 SHAPES = {
     "video": ("picture", 5, {0: 1, 1: VIDEO_CHANNELS}, f"(1, {VIDEO_CHANNELS}, frames, height / 16, width / 16)"),
@@ -45,7 +53,8 @@ class ClipLatents:
     for what the clip does not have; ``duration``: its exact length in seconds, picture and sound alike. ``report`` says
     how the prompt's tokens were used; ``warnings`` are sentences on what will have made the clip worse, or other than
     asked for. ``settings``: what it was made with, as JSON has it, for those who go on from it; ``key``: the hash of
-    all that it follows from, of a clip of a batch. Raises ValueError for latents of other shapes.
+    all that it follows from, of a clip of a batch. ``originals``: what of the finished clip comes out as it was given,
+    and not through the VAEs. Raises ValueError for latents of other shapes.
     """
 
     video: torch.Tensor | None
@@ -55,6 +64,7 @@ class ClipLatents:
     warnings: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     key: str = ""
+    originals: Originals | None = None
 
     def __post_init__(self) -> None:
         if self.video is None and self.audio is None:
@@ -69,10 +79,17 @@ class ClipLatents:
         """What the clip's file ends in: ".wav" for sound alone, else ".mp4"."""
         return ".wav" if self.video is None else ".mp4"
 
+    @property
+    def not_kept(self) -> str:
+        """A sentence on what :meth:`save` leaves out; empty where that is nothing."""
+        has_frames = self.originals is not None and self.originals.frames is not None
+        return FRAMES_NOT_KEPT if has_frames else ""
+
     def save(self, path: str | os.PathLike) -> Path:
         """Write a safetensors file, fp32, whole or not at all; returns the path.
 
-        Raises NonFiniteError for NaN or infinity, FileNotFoundError for a folder that is not there.
+        A given sound is in it; given frames are not: see ``not_kept``. Raises NonFiniteError for NaN or infinity,
+        FileNotFoundError for a folder that is not there.
         """
         from safetensors.torch import save_file
 
@@ -83,6 +100,11 @@ class ClipLatents:
                 tensors[name] = tensor.detach().to("cpu", torch.float32).contiguous()
         clip = {"duration": self.duration, "fps": FPS, "report": self.report, "warnings": list(self.warnings)}
         clip |= {"settings": dict(self.settings), "key": self.key}
+        if self.originals is not None and self.originals.waveform is not None:
+            check_finite(self.originals.waveform, "given sound")
+            tensors[SOUND_TENSOR] = self.originals.waveform.detach().to("cpu", torch.float32).contiguous()
+            spans = [list(span) for span in self.originals.kept_sound]
+            clip["given_sound"] = {"sample_rate": self.originals.sample_rate, "spans": spans}
         with whole_file(path) as temporary:
             save_file(tensors, str(temporary), {"format": FORMAT, "version": str(VERSION), "clip": json.dumps(clip)})
         return path
@@ -126,7 +148,8 @@ class ClipLatents:
             raise LatentsError(f"{info.path.name} does not say of what clip it is: make the latents again.") from None
         parts = dict(zip(SHAPES, CLIP_LATENTS, strict=True))
         found = {part: _read(info, name, part) for part, name in parts.items() if name in info.tensors}
-        latents = cls(found.get("video"), found.get("audio"), **about)
+        originals = _given_sound(info, clip.get("given_sound"))
+        latents = cls(found.get("video"), found.get("audio"), **about, originals=originals)
         latents._check_lengths(info.path.name)
         return latents
 
@@ -174,6 +197,28 @@ def _check_shape(part: str, shape: tuple[int, ...], where: str = "") -> None:
     if len(shape) == dimensions and shape[1:2] == (wanted[1],) and shape[0] > 1:
         raise LatentsError(f"There are {shape[0]} clips{where}: give the latents of one.")
     raise LatentsError(f"The {noun}'s latent{where} is {shape}, of another model: NAVA's is {text}.")
+
+
+def _given_sound(info: FileInfo, about: Any) -> Originals | None:
+    """What was given of the sound; None where nothing was."""
+    if about is None and SOUND_TENSOR not in info.tensors:
+        return None
+    from ..given.originals import Originals
+
+    try:
+        rate = int(about["sample_rate"])
+        spans = tuple((float(begin), float(end)) for begin, end in about["spans"])
+        channels, samples = info.tensors[SOUND_TENSOR].shape
+        fits = rate > 0 and channels in (1, 2) and samples > 0
+        fits = fits and info.tensors[SOUND_TENSOR].torch_dtype is torch.float32
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise LatentsError(f"The given sound in {info.path.name} is not as it was written: make the latents again.")
+    with open_checkpoint(info) as source:
+        waveform = source.read(SOUND_TENSOR.removeprefix(info.prefix)).float()
+    check_finite(waveform, f"given sound in {info.path.name}")
+    return Originals(waveform=waveform, sample_rate=rate, kept_sound=spans)
 
 
 def _read(info: FileInfo, name: str, part: str) -> torch.Tensor:

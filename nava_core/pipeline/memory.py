@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 
 from ..checkpoint import FileInfo, FileKind, describe_file, format_bytes, load_backbone
 from ..components import (
+    AudioVAE,
     VideoVAE,
     empty_video_vae,
     encode_bytes,
@@ -51,8 +53,15 @@ from .sizes import backbone_demand, block_names, component_weights
 
 WORKSPACE = 2**30  # bytes of GPU memory that a component is given beside what it is known to need
 MOST_TOKENS = 512  # of a prompt
+PIXEL_COPIES = 2  # of frames in fp32, while the video VAE takes them in patches
 DEVICE_OPTIONS = {"text_encoder": "--encoder-device", "video_vae": "--vae-device", "audio_vae": "--vae-device"}
-WORK = {"text_encoder": "encoding the text", "video_vae": "encoding the first frame", "backbone": "denoising"}
+WORK = {
+    "text_encoder": "encoding the text",
+    "video_vae": "encoding the first frame",
+    "audio_vae": "encoding the sound",
+    "backbone": "denoising",
+}
+PLANNED = {"video_vae": "first_frame", "audio_vae": "sound"}  # what the plan calls the encoding by a VAE
 
 Result = TypeVar("Result")
 
@@ -94,7 +103,7 @@ class Components:
         chosen = {"text_encoder": encoder_device, "video_vae": vae_device, "audio_vae": vae_device}
         self.chosen = {role: device if is_same_device(wanted, device) else wanted for role, wanted in chosen.items()}
         self.clock = Clock()
-        self.plan = self._unplanned()
+        self.plan, self.most_frames = self._unplanned(), 0
         self._kept: dict[str, torch.nn.Module] = {}
         self._streams: dict[str, Streaming] = {}
         self._ceilings: dict[str, int] = {}  # what a component's stage may take, where more turned out to be too much
@@ -156,7 +165,7 @@ class Components:
             self._release()
             self._evict(used.device)
             self._remember(role, used, form)
-            self.say(f"Out of memory while {WORK[role]}: once more with the {NAMES[role]} {form}.")
+            self.say(f"Out of memory while {self._doing(role)}: once more with the {NAMES[role]} {form}.")
             where = form
         raise TooLittleMemoryError(sentence)
 
@@ -182,6 +191,11 @@ class Components:
         self.say(f"Out of memory while denoising: this step once more with the backbone {form}.")
         return True
 
+    def _doing(self, role: str) -> str:
+        """What a component is at, for sentences."""
+        many = role == "video_vae" and self.most_frames > 1
+        return f"encoding {self.most_frames} frames" if many else WORK[role]
+
     def _advice(self, role: str, used: Placement) -> str:
         """The sentence on a stage that memory was too little for."""
         if role == "backbone":
@@ -190,8 +204,8 @@ class Components:
         else:
             even, change = "", f"let the {NAMES[role]} work on the CPU ({DEVICE_OPTIONS[role]} cpu)"
         return (
-            f"There is too little free memory on {used.device} for {WORK[role]}{even}: {change}, or free the memory "
-            "other programs hold."
+            f"There is too little free memory on {used.device} for {self._doing(role)}{even}: {change}, or free the "
+            "memory other programs hold."
         )
 
     def _fetch(self, role: str, where: Placement) -> torch.nn.Module:
@@ -265,28 +279,35 @@ class Components:
     # ------------------------------------------------------------ the plan
 
     def prepare(
-        self, geometry: ClipGeometry, *, together: int = 1, has_text: bool = True, has_first_frame: bool = False
+        self,
+        geometry: ClipGeometry,
+        *,
+        together: int = 1,
+        has_text: bool = True,
+        frames: int = 0,
+        sound_steps: int = 0,
     ) -> MemoryPlan:
         """Plan where the components work for a clip, before any is loaded; says so where memory is bounded or short.
 
-        ``together``: predictions that a pass makes at most. Raises ValueError, with the least that works, where the
+        ``together``: predictions that a pass makes at most. ``frames``, ``sound_steps``: of what is given, the most
+        frames that are encoded at a time, and audio latents. Raises ValueError, with the least that works, where the
         clip cannot be made within the memory that was allowed.
         """
-        self.plan = self._unplanned()
+        self.plan, self.most_frames = self._unplanned(), frames
         budget = self._budget("backbone")
         if budget is not None and self.parallel is None:
             backbone, batched = self._place_backbone(geometry, together, budget)
             self.plan = replace(self.plan, budget=budget, backbone=backbone, batched=batched)
-        text, picture = None, None
+        text, picture, sound = None, None, None
         if has_text:
             text = self.find_place(
                 "text_encoder", encode_bytes(text_encoder_config(self._info("text_encoder")), MOST_TOKENS)
             )
-        if has_first_frame:
-            picture = self.find_place(
-                "video_vae", self.empty_video_vae().encode_bytes((1, geometry.height, geometry.width, 3))
-            )
-        self.plan = replace(self.plan, text_encoder=text, first_frame=picture)
+        if frames:
+            picture = self.find_place("video_vae", self.frames_bytes((frames, geometry.height, geometry.width, 3)))
+        if sound_steps:
+            sound = self.find_place("audio_vae", AudioVAE.encode_bytes(sound_steps))
+        self.plan = replace(self.plan, text_encoder=text, first_frame=picture, sound=sound)
         if self.plan.budget is not None and (self.limit is not None or self.plan.is_tight):
             self.say(str(self.plan))
         return self.plan
@@ -346,7 +367,7 @@ class Components:
         budget = self._budget(role)
         if budget is not None:
             self._ceilings[role] = min(budget, self._bytes_at(role, used) + SLACK)
-        self.plan = replace(self.plan, **{"first_frame" if role == "video_vae" else role: form})
+        self.plan = replace(self.plan, **{PLANNED.get(role, role): form})
 
     # ------------------------------------------------------------ bytes
 
@@ -422,6 +443,12 @@ class Components:
     def empty_video_vae(self) -> VideoVAE:
         """The video VAE without weights, to be asked what its work takes."""
         return empty_video_vae(self._info("video_vae"), self.vae_dtype)
+
+    def frames_bytes(self, shape: tuple[int, ...]) -> int:
+        """What encoding frames of ``shape`` (F, H, W, 3) takes beside the video VAE's weights, the pixels included
+        where there are many."""
+        pixels = 0 if shape[0] == 1 else PIXEL_COPIES * math.prod(shape) * torch.float32.itemsize
+        return self.empty_video_vae().encode_bytes(shape) + pixels
 
     def _info(self, role: str) -> FileInfo:
         path = getattr(self.files, role)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,19 +12,34 @@ import torch
 from ..checkpoint import describe_file, plan_tensors
 from ..components import check_decoding_packages, check_packages, load_tokenizer
 from ..decoding import Decoding
-from ..geometry import TRAINED_SCALE
+from ..geometry import MODES, TRAINED_SCALE
 from ..lora_merge import Lora, LoraMerge
 from ..parallel import Parallel
 from ..prompt import negative_text, timbre_inputs
 from ..sampling import FlowUniPC, Guidance, Interrupted, find_preset, flow_sigmas
 from . import stages
 from .clip import Clip
-from .decode import decode_clip, save_clip
+from .decode import clip_frames, clip_sound, decode_clip, save_clip
 from .devices import check_memory, choose_device
 from .files import KINDS, OPTIONAL, ModelFiles
+from .given import (
+    MOST_SECONDS,
+    Frames,
+    Given,
+    Retake,
+    Sound,
+    encode_parts,
+    given_geometry,
+    make_parts,
+    read_frames,
+    ready_source,
+    video_size,
+)
 from .latents import ClipLatents
 from .memory import Components
-from .stages import Voice, clip_geometry, default_guidance, fit_picture, read_picture
+from .revise import Source, beginning, refine, retake
+from .segments import LongClip, make_long
+from .stages import Voice, default_guidance
 
 
 class ClipDecoder:
@@ -95,6 +110,22 @@ class ClipDecoder:
         The rest as for :meth:`decode`, and what :meth:`Clip.save` raises. No file is left where it fails.
         """
         return save_clip(self.components, latents, path, self.decoding, _step(callback, should_stop))
+
+    def sound(self, latents: ClipLatents) -> tuple[torch.Tensor | None, int]:
+        """The waveform (C, N) of the clip of ``latents`` and its rate, (None, 0) without sound; as long as the clip
+        where it is given in full, and else up to the last sample that is decoded, filled with silence."""
+        return clip_sound(self.components, latents)
+
+    def stream(
+        self,
+        latents: ClipLatents,
+        *,
+        callback: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """The frames of the clip of ``latents`` in 0..1 in parts (f, H, W, 3), as they are decoded; the rest as for
+        :meth:`decode`. Close it where it is not read to its end."""
+        return clip_frames(self.components, latents, self.decoding, _step(callback, should_stop))
 
 
 class NavaPipeline(ClipDecoder):
@@ -206,7 +237,7 @@ class NavaPipeline(ClipDecoder):
         self,
         prompt: str,
         *,
-        seconds: float = 6.0,
+        seconds: float | None = None,
         width: int = 1280,
         height: int = 704,
         mode: str = "video+audio",
@@ -221,6 +252,16 @@ class NavaPipeline(ClipDecoder):
         shift: float = 5.0,
         preset: str | None = None,
         guidance: Guidance | None = None,
+        sound: Sound | None = None,
+        sound_start: float = 0.0,
+        sound_at: float = 0.0,
+        sound_rest: str = "silence",
+        frames: Frames | None = None,
+        pictures: Mapping[float | str, torch.Tensor | str | os.PathLike] | None = None,
+        shown: str = "clean",
+        source: ClipLatents | None = None,
+        retake: Retake | None = None,
+        denoise: float = 1.0,
         callback: Callable[[int, int, torch.Tensor | None, torch.Tensor | None], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> ClipLatents:
@@ -229,15 +270,25 @@ class NavaPipeline(ClipDecoder):
         ``prompt``: one dense paragraph with speech as ``<S>words<E>``; empty for the null the model was trained with.
         ``negative``: what to stay away from; None for the built-in Chinese terms that suit ``mode``, "zero" for the
         null; where the guidance has no use for it, it is not encoded. ``seconds``, ``width``, ``height`` and ``mode``
-        as :class:`ClipGeometry` takes them. ``image``, (H, W, 3)
-        in 0..1 or a file, becomes the first frame: scaled to cover the clip and centre-cropped, the clip taking the
+        as :class:`ClipGeometry` takes them; ``seconds`` None: 6, or as long as ``frames``, up to 10. ``image``, (H, W,
+        3) in 0..1 or a file, becomes the first frame: scaled to cover the clip and centre-cropped, the clip taking the
         trained size nearest to its proportions unless ``size_from_image`` is off, at ``image_scale`` 960 or the smaller
         640 and 512 (the side of a square of as many pixels). ``voices``: recordings (a file, or waveform and sample
         rate) or (1, 192) embeddings, bound to the spans by order, or as ``assignment`` says, with a voice's number, or
-        None for the null voice, for each span. ``guidance`` None: the makers' scales, which are
-        lower for picture text and timbre where there are both an image and a voice. ``preset`` "distilled" is for
-        few-step checkpoints: four Euler steps on the conditional prediction alone, in place of ``steps``, ``shift``,
-        the solver and the makers' scales.
+        None for the null voice, for each span. ``guidance`` None: the makers' scales, which are lower for picture text
+        and timbre where there are both an image and a voice. ``preset`` "distilled" is for few-step checkpoints: four
+        Euler steps on the conditional prediction alone, in place of ``steps``, ``shift``, the solver and the makers'
+        scales.
+
+        Given parts, which come out of the clip as they are: ``sound``, a file or (waveform (C, N), rate), from its
+        second ``sound_start`` on at the clip's second ``sound_at``; where it ends early the rest is "silence" or
+        "generated" (``sound_rest``). ``frames``, a video file or frames (F, H, W, 3) at 24 a second, are the clip's
+        picture from its beginning on: where they are all of it, sound is made for them. ``pictures``: single ones by
+        the second they stand at, "end" for the last frame; each is held for the four frames of a latent. ``source``:
+        the latents of a finished clip, of whose size and length this one is, and ``retake`` what of it is made again.
+        ``denoise`` below 1 is a second pass instead: from ``source``, or from ``frames``, as noisy as the last part of
+        a schedule begins, with the sound given. ``shown``: whether given parts other than frame 0 are shown to the
+        network "clean", or noised to the level of the rest ("matched noise").
 
         After each step ``callback(step, steps, x0_video, x0_audio)`` is called, step from 1, with the estimates in the
         network's space; ``should_stop`` is asked before each stage and each pass.
@@ -247,21 +298,24 @@ class NavaPipeline(ClipDecoder):
         """
         stop, parts = should_stop or _never, self.components
         parts.clock.restart()
-        picture = None if image is None else read_picture(image)
-        geometry = clip_geometry(seconds, width, height, mode, picture, size_from_image, image_scale)
-        run = None if preset is None else find_preset(preset)
-        sigmas = flow_sigmas(steps, shift) if run is None else run.sigmas()
+        given = Given(
+            image, sound, sound_start, sound_at, sound_rest, frames, pictures or {}, shown, source, retake, denoise
+        )
+        given.check(mode)
+        mode, run = given.mode(mode), None if preset is None else find_preset(preset)
+        sigmas = flow_sigmas(steps, shift, denoise) if run is None else run.sigmas(denoise=denoise)
         stages.check_speaker_encoder(parts.files.speaker_encoder, voices)
         tokens, report = stages.tokenize(self._tokenizer, prompt, voices, assignment)
-        warnings = [*geometry.warnings, *([report] if tokens is not None and tokens.is_cut else [])]
+        given, geometry, ready = make_parts(given, seconds, width, height, mode, size_from_image, image_scale)
+        warnings = [*geometry.warnings, *ready.notes, *([report] if tokens is not None and tokens.is_cut else [])]
 
         _check_stop(stop)
         timbres = stages.encode_voices(parts.files.speaker_encoder, voices, warnings)
         timbre, positions = (None, None) if tokens is None else timbre_inputs(tokens, timbres, assignment)
         if guidance is None:
-            guidance = default_guidance(picture is not None, timbre is not None) if run is None else run.guidance
-        levels = sigmas[:-1].tolist()
-        if guidance.uses_text_null(levels, timbre is not None, geometry.has_video, geometry.has_audio):
+            guidance = default_guidance(given.image is not None, timbre is not None) if run is None else run.guidance
+        levels, made = sigmas[:-1].tolist(), guidance.making(*ready.makes)
+        if made.uses_text_null(levels, timbre is not None, geometry.has_video, geometry.has_audio):
             negative_tokens = stages.tokenize_negative(self._tokenizer, negative_text(negative, mode), warnings)
         else:
             negative_tokens = None
@@ -270,22 +324,23 @@ class NavaPipeline(ClipDecoder):
         stages.plan_clip(
             parts,
             geometry,
-            guidance,
+            made,
             levels,
             has_voice=timbre is not None,
             has_text=tokens is not None or negative_tokens is not None,
-            has_first_frame=picture is not None,
+            frames=ready.most_frames,
+            sound_steps=ready.sound_steps,
         )
         _check_stop(stop)
         context, null = stages.encode_text(parts, [tokens, negative_tokens])
         _check_stop(stop)
-        first_frame = None if picture is None else stages.encode_picture(parts, fit_picture(picture, geometry))
+        start = encode_parts(parts, ready, geometry, lambda: _check_stop(stop))
         _check_stop(stop)
         video, audio = stages.denoise_clip(
             parts,
             geometry,
             seed,
-            first_frame,
+            start,
             context=context,
             negative=null,
             timbre=timbre,
@@ -305,8 +360,88 @@ class NavaPipeline(ClipDecoder):
             "steps": len(levels),
             "shift": shift if run is None else None,
             "guidance": asdict(guidance),
+            **given.settings(),
         }
-        return ClipLatents(video, audio, geometry.duration, report, tuple(warnings), settings)
+        return ClipLatents(
+            video, audio, geometry.duration, report, tuple(warnings), settings, originals=ready.originals
+        )
+
+    def encode(
+        self,
+        frames: Frames,
+        *,
+        seconds: float | None = None,
+        width: int = 1280,
+        height: int = 704,
+        size_from_image: bool = True,
+        image_scale: int = TRAINED_SCALE,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> ClipLatents:
+        """The latents of a video file, with its sound where it has some, or of frames (F, H, W, 3): a ``source`` for
+        :meth:`denoise`, of which all that is kept comes out as it is in the file.
+
+        As long as the video where ``seconds`` is None, up to 10; the size as for :meth:`denoise`. ``warnings`` say what
+        was changed of it. Raises ValueError, in a sentence, for what is no video.
+        """
+        parts, stop = self.components, should_stop or _never
+        parts.clock.restart()
+        size = video_size(size_from_image, width, height, image_scale)
+        video = read_frames(frames, MOST_SECONDS if seconds is None else seconds + 1, size)
+        mode = MODES[2] if video.sound is None else MODES[0]
+        geometry = given_geometry(Given(), video, seconds, width, height, mode, size_from_image, image_scale)
+        ready = ready_source(video, geometry)
+        for note in ready.notes:
+            parts.say(note)
+        parts.prepare(geometry, has_text=False, frames=ready.most_frames, sound_steps=ready.sound_steps)
+        start = encode_parts(parts, ready, geometry, lambda: _check_stop(stop))
+        return ClipLatents(start.video, start.audio, geometry.duration, warnings=ready.notes, originals=ready.originals)
+
+    def make_long(
+        self,
+        path: str | os.PathLike,
+        prompts: Sequence[str],
+        *,
+        seconds: float,
+        **request,
+    ) -> LongClip:
+        """Make a clip of ``seconds`` in segments and write it to ``path``, an .mp4; each segment begins with the last
+        frame of the one before. See :mod:`.segments` for how.
+
+        ``prompts``: of the segments in their order, the last holding for the rest; voices are bound to speech spans
+        counted through all of them. ``segment``: seconds of one at most, 10. ``hold``: whether the frame that a segment
+        begins with is brought to the "colour" or the "colour and sharpness" of the first segment, or to "nothing".
+        ``state``: the folder that what is finished is kept in, and with which a killed clip goes on, the same as if it
+        had not been; None: one beside ``path`` until the clip is whole. ``anew``: what another clip left in it goes.
+        ``sound`` goes on through all segments. Segment k has the seed ``seed`` + k. All else as for :meth:`denoise`.
+
+        Raises StateError where the folder holds the state of another clip, ValueError for what does not go together,
+        Interrupted when ``should_stop`` says so.
+        """
+        return make_long(self, path, prompts, seconds=seconds, **request)
+
+    def extend(
+        self, path: str | os.PathLike, source: Source, prompts: Sequence[str], *, seconds: float, **request
+    ) -> LongClip:
+        """Let a finished clip go on for ``seconds`` more and write the whole to ``path``; as :meth:`make_long`, of the
+        source's size and with sound where the source has some. ``source``: latents, or their file, which are decoded
+        without a loss; or a video file, which is brought to 24 frames a second and, as a first frame, to a size."""
+        sizes = ("width", "height", "size_from_image", "image_scale")
+        given = {name: request.pop(name) for name in sizes if name in request}
+        first = beginning(self, source, should_stop=request.get("should_stop"), **given)
+        request["mode"] = MODES[2] if first.sound is None else MODES[0]
+        return make_long(self, path, prompts, seconds=seconds, first=first, **request)
+
+    def retake(self, source: Source, prompt: str, span: Retake, **request) -> ClipLatents:
+        """A finished clip with a span of it made again. ``source`` as for :meth:`extend`; what is kept of it comes out
+        as it is there, frame by frame and sample by sample. ``request`` as for :meth:`denoise`."""
+        return retake(self, source, prompt, span, **request)
+
+    def refine(
+        self, source: Source, prompt: str, *, denoise: float, size: tuple[int, int] | None = None, **request
+    ) -> ClipLatents:
+        """A second pass over a finished clip's picture, ``source`` as for :meth:`extend`, its sound being given. At
+        another ``size`` (width, height) its frames are scaled first. ``request`` as for :meth:`denoise`."""
+        return refine(self, source, prompt, denoise=denoise, size=size, **request)
 
 
 def _step(callback: Callable[[int, int], None] | None, should_stop: Callable[[], bool] | None):

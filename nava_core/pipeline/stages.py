@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..backbone import NavaBackbone
 from ..checkpoint import describe_file
-from ..components import TextEncoder, VideoVAE, denormalize_video, normalize_video
+from ..components import AudioVAE, TextEncoder, VideoVAE, denormalize_video, normalize_video
 from ..components.weights import need
 from ..geometry import (
     AUDIO_BINS,
@@ -24,13 +25,15 @@ from ..geometry import (
     choose_bucket,
     cover_crop,
 )
+from ..given import is_given
 from ..media import read_audio, read_image
 from ..prompt import PromptTokenizer, TokenizedPrompt, bind_voices
 from ..sampling import Guidance, denoise
 from ..timbre import check_voice, encode_timbre, load_redimnet
+from ..voices import SavedVoice, check_one_encoder, open_voice, voice_of
 from .memory import Components
 
-Voice = str | os.PathLike | torch.Tensor | tuple[torch.Tensor, int]
+Voice = str | os.PathLike | torch.Tensor | SavedVoice | tuple[torch.Tensor, int]
 
 BATCH_TOKENS = 8192  # up to here a GPU is faster with several predictions in one pass
 VOICE_SECONDS = 600.0  # read of a recording; the encoder takes 30 s of it
@@ -128,21 +131,30 @@ def tokenize_negative(tokenizer: PromptTokenizer, negative: str, warnings: list[
 
 def check_speaker_encoder(path: Path | None, voices: Sequence[Voice]) -> None:
     """Raise ValueError where a voice is a recording and there is nothing to encode it with."""
-    if path is None and not all(_is_embedding(voice) for voice in voices):
+    if path is None and any(_is_recording(_opened(voice)) for voice in voices):
         raise ValueError(
             "A reference voice needs the speaker encoder: give M-vb2+vox2+cnc-ft_mix.pt as speaker_encoder."
         )
 
 
 def encode_voices(speaker_encoder: Path | None, voices: Sequence[Voice], warnings: list[str]) -> list[torch.Tensor]:
-    """(1, 192) for each voice; what weakens one is added to ``warnings``. Small, so it runs on the CPU."""
-    if not voices or all(_is_embedding(voice) for voice in voices):
-        return list(voices)
-    encoder = load_redimnet(speaker_encoder)
+    """(1, 192) for each voice; what weakens one is added to ``warnings``. Small, so it runs on the CPU.
+
+    Saved voices are checked against the speaker encoder where there is one, else against each other: raises
+    VoiceError, in a sentence, for one of another encoder.
+    """
+    voices = [_opened(voice) for voice in voices]
+    saved = [voice for voice in voices if isinstance(voice, SavedVoice)]
+    check_one_encoder(saved)
+    encoder = None
+    if speaker_encoder is not None and (saved or any(_is_recording(voice) for voice in voices)):
+        encoder = load_redimnet(speaker_encoder)
+        for voice in saved[:1]:
+            voice.check_encoder(encoder)
     timbres = []
     for number, voice in enumerate(voices, start=1):
-        if _is_embedding(voice):
-            timbres.append(voice)
+        if not _is_recording(voice):
+            timbres.append(voice.timbre if isinstance(voice, SavedVoice) else voice)
             continue
         waveform, rate = voice if isinstance(voice, tuple) else read_audio(voice, VOICE_SECONDS)
         timbres.append(encode_timbre(encoder, waveform, rate))
@@ -158,9 +170,11 @@ def plan_clip(
     *,
     has_voice: bool,
     has_text: bool,
-    has_first_frame: bool,
+    frames: int = 0,
+    sound_steps: int = 0,
 ) -> None:
-    """Decide where the components work for a clip, before any is loaded; ``levels``: the noise levels of its steps.
+    """Decide where the components work for a clip, before any is loaded; ``levels``: the noise levels of its steps,
+    ``frames``, ``sound_steps``: the most frames that are encoded at a time, and audio latents.
 
     Raises ValueError where it cannot be made within the memory that was allowed.
     """
@@ -168,7 +182,7 @@ def plan_clip(
     # The prediction without interaction, m, is a pass of its own; compiled blocks are of one number of samples.
     alone = geometry.tokens > BATCH_TOKENS or components.compile
     together = 1 if alone else max(sum(name != "m" for name in names) for names in needed)
-    components.prepare(geometry, together=together, has_text=has_text, has_first_frame=has_first_frame)
+    components.prepare(geometry, together=together, has_text=has_text, frames=frames, sound_steps=sound_steps)
 
 
 def encode_text(
@@ -188,27 +202,78 @@ def encode_text(
     return torch.zeros_like(negative[:, :1]) if context is None else context, negative
 
 
-def encode_picture(components: Components, picture: torch.Tensor) -> torch.Tensor:
-    """A first frame (1, height, width, 3) in 0..1 -> its latent (1, 48, 1, H, W)."""
+def encode_frames(
+    components: Components, clips: Sequence[torch.Tensor], check_stop: Callable[[], None] | None = None
+) -> list[torch.Tensor]:
+    """The latents (1, 48, t, H, W) of ``clips``, each (f, height, width, 3) in 0..1 or of 8 bits; ``check_stop`` is
+    asked before each."""
 
-    def encode(vae: VideoVAE) -> torch.Tensor:
-        components.say("Encoding the first frame.")
-        components.make_room(vae.encode_bytes(picture.shape))
-        with components.clock.measure("encoding"):
-            return vae.encode(picture)
+    def encode(vae: VideoVAE) -> list[torch.Tensor]:
+        latents = []
+        for frames in clips:
+            if check_stop is not None:
+                check_stop()
+            what = "the first frame" if len(frames) == 1 else f"{len(frames)} frames"
+            components.say(f"Encoding {what}.")
+            components.make_room(components.frames_bytes(tuple(frames.shape)))
+            with components.clock.measure("encoding"):
+                latents.append(vae.encode(frames.float() / 255 if frames.dtype is torch.uint8 else frames))
+        return latents
 
     return components.attempt(encode, "video_vae", components.plan.first_frame)
 
 
-def denoise_clip(
-    components: Components, geometry: ClipGeometry, seed: int, first_frame: torch.Tensor | None, **settings
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(video latent, audio latent) in the VAEs' spaces on the CPU, None for an absent one.
+def encode_sound(components: Components, waveform: torch.Tensor, rate: int, steps: int) -> torch.Tensor:
+    """A waveform (C, N) at ``rate`` -> the audio latent (1, 8, steps, 16)."""
 
-    ``first_frame``: a latent (1, 48, 1, H, W); ``settings`` as :func:`denoise` takes them.
+    def encode(vae: AudioVAE) -> torch.Tensor:
+        components.say("Encoding the sound.")
+        components.make_room(vae.encode_bytes(steps))
+        with components.clock.measure("encoding"):
+            return vae.encode(waveform, rate, steps)
+
+    return components.attempt(encode, "audio_vae", components.plan.sound)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What denoising starts from, in the VAEs' spaces on the CPU, and which of it is given.
+
+    ``video`` (1, 48, T, H, W) with ``video_mask`` (1, 1, T, H, W), ``audio`` (1, 8, L, 16) with ``audio_mask``
+    (1, L, 1): as :func:`denoise` takes masks. None where nothing is given of that part.
     """
+
+    video: torch.Tensor | None = None
+    video_mask: torch.Tensor | None = None
+    audio: torch.Tensor | None = None
+    audio_mask: torch.Tensor | None = None
+
+    def arguments(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Those of :func:`denoise`, in the network's spaces."""
+        found = {}
+        if self.video is not None:
+            found |= {"video_latent": normalize_video(self.video), "video_mask": self.video_mask}
+        if self.audio is not None:
+            found |= {"audio_latent": audio_latent_to_tokens(self.audio), "audio_mask": self.audio_mask}
+        return {name: tensor.to(device) for name, tensor in found.items()}
+
+    def put_back(
+        self, video: torch.Tensor | None, audio: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The finished latents with the given ones exactly, not up to the rounding of there and back."""
+        if self.video is not None:
+            video = torch.where(is_given(self.video_mask), self.video, video)
+        if self.audio is not None:
+            audio = torch.where(is_given(self.audio_mask)[:, None], self.audio, audio)
+        return video, audio
+
+
+def denoise_clip(
+    components: Components, geometry: ClipGeometry, seed: int, start: Start, **settings
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(video latent, audio latent) in the VAEs' spaces on the CPU, None for an absent one; ``settings`` as
+    :func:`denoise` takes them."""
     device = components.device
-    given = {} if first_frame is None else _given_frame(geometry, first_frame, device)
     noise = [None if part is None else part.to(device) for part in clip_noise(geometry, seed)]
     inputs = {name: settings.pop(name) for name in ("context", "negative", "timbre", "timbre_positions")}
     callback = settings.pop("callback", None)
@@ -231,16 +296,13 @@ def denoise_clip(
             callback=stepped,
             on_out_of_memory=lambda: components.shrink(backbone),
             **_on_device(inputs, device, backbone.dtype),
-            **given,
+            **start.arguments(device),
             **settings,
         )
 
     video, tokens = components.attempt(work, "backbone")
-    if video is not None:
-        video = denormalize_video(video).cpu()
-        if first_frame is not None:
-            video[:, :, :1] = first_frame  # exactly, not up to the rounding of there and back
-    return video, None if tokens is None else audio_tokens_to_latent(tokens).cpu()
+    video = None if video is None else denormalize_video(video).cpu()
+    return start.put_back(video, None if tokens is None else audio_tokens_to_latent(tokens).cpu())
 
 
 def _on_device(
@@ -253,21 +315,16 @@ def _on_device(
     }
 
 
-def _given_frame(geometry: ClipGeometry, frame: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
-    """The network's starting latent with ``frame`` (1, 48, 1, H, W) of the VAE as frame 0, and the mask that keeps it.
-
-    The frames to come are zeros of the VAE's space, as in ComfyUI.
-    """
-    latent = torch.zeros(1, *geometry.latent_shape)
-    latent[:, :, :1] = frame
-    mask = torch.ones(1, 1, *geometry.latent_shape[1:])
-    mask[:, :, 0] = 0
-    return {"video_latent": normalize_video(latent).to(device), "video_mask": mask.to(device)}
-
-
 def _text_width(components: Components) -> int:
     return describe_file(components.files.backbone).model_tensors["text_embedding.0.weight"].shape[1]
 
 
-def _is_embedding(voice: Voice) -> bool:
-    return torch.is_tensor(voice)
+def _opened(voice: Voice) -> Voice:
+    """A voice that was saved, or made by one's own encoder, as such; others as they are."""
+    if isinstance(voice, (str, os.PathLike)):
+        return open_voice(voice) or voice
+    return voice_of(voice) or voice if torch.is_tensor(voice) else voice
+
+
+def _is_recording(voice: Voice) -> bool:
+    return not torch.is_tensor(voice) and not isinstance(voice, SavedVoice)

@@ -78,6 +78,14 @@ def check_voice(
     return [warning for warning in warnings if warning]
 
 
+def used_seconds(
+    waveform: torch.Tensor, sample_rate: int, *, start: float = 0.0, duration: float | None = None
+) -> float:
+    """How many seconds of a recording `encode_timbre` takes for these arguments, which are its own."""
+    begin, end = _part(waveform.shape[-1], sample_rate, start, duration)
+    return min(MAX_SECONDS, (end - begin) / sample_rate)
+
+
 def _check_sample_rate(sample_rate) -> int:
     low, high = _RATE_LIMITS
     whole = isinstance(sample_rate, numbers.Real) and not isinstance(sample_rate, bool) and sample_rate % 1 == 0

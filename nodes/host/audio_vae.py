@@ -19,10 +19,11 @@ import torch
 
 from ...nava_core.checkpoint import FileKind, WrongFileError, describe_file, explain_wrong_file
 from ...nava_core.decoding import IN_PIECES, ONE_PIECE, SoundForm, decode_sound
-from ...nava_core.geometry import AUDIO_BINS, AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND
+from ...nava_core.geometry import AUDIO_BINS, AUDIO_CHANNELS
 from ...nava_core.media import LATENTS_STAGE, SOUND_STAGE, apply_loudness, check_finite, fit_length
 from .component_memory import audio_decode_bytes, audio_encode_bytes
-from .latents import audio_part, clip_seconds
+from .latents import audio_part, clip_length
+from .originals import originals_of
 from .vae import on_device, run_whole, set_reload, stream_in_forms, vae_patcher, what_vae
 
 MEL_FRAMES_PER_SECOND = 100
@@ -165,14 +166,25 @@ def _check_audio_latent(latent: torch.Tensor) -> None:
 
 def decode_audio_clips(audio_vae, latent: Mapping, loudness: str) -> list[dict]:
     """A LATENT's sound as one AUDIO for each clip of the batch, exactly as long as its picture, or where it has none as
-    its latents say (the vocoder gives 30 ms less, which are filled with silence)."""
+    its latents say (the vocoder gives 30 ms less, which are filled with silence). Given sound is as it was given, at
+    its own rate; ``loudness`` is of what is decoded."""
     parts = audio_part(latent)
     check_finite(parts, LATENTS_STAGE)
-    seconds = clip_seconds(latent) or parts.shape[2] / AUDIO_LATENTS_PER_SECOND
+    seconds = clip_length(latent)
     clips = []
-    for part in parts:
-        sound = decode_audio(audio_vae, part[None])
-        check_finite(sound["waveform"], SOUND_STAGE)
-        waveform = fit_length(sound["waveform"], round(seconds * sound["sample_rate"]))
-        clips.append({**sound, "waveform": apply_loudness(waveform, loudness)})
+    for number, part in enumerate(parts):
+        given = originals_of(latent, number)
+        decoded = None, 0
+        if given is None or not given.has_all_sound:
+            decoded = _decoded_sound(audio_vae, part[None], seconds, loudness)
+        waveform, rate = decoded if given is None else given.put_sound(*decoded)
+        clips.append({"waveform": waveform[None], "sample_rate": rate})
     return clips
+
+
+def _decoded_sound(audio_vae, latent: torch.Tensor, seconds: float, loudness: str) -> tuple[torch.Tensor, int]:
+    """(waveform (2, N), rate) of one clip's latent, exactly ``seconds`` long."""
+    sound = decode_audio(audio_vae, latent)
+    check_finite(sound["waveform"], SOUND_STAGE)
+    waveform = fit_length(sound["waveform"], round(seconds * sound["sample_rate"]))
+    return apply_loudness(waveform, loudness)[0], sound["sample_rate"]

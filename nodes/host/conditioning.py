@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...nava_core.prompt import PromptCheck, bind_voices, check_prompt, clean_text, span_voices, timbre_inputs
+from ...nava_core.voices import check_one_encoder
 from .model import TIMBRE, TIMBRE_POSITIONS
 from .text_encoder import encode_conditioning, encode_ids, prompt_tokenizer
 
@@ -16,7 +17,7 @@ def encode_prompt(
 
     ``voices``: timbres (1, 192), bound to the spans by order, or ``spans`` (SpanSpec with their own timbres), bound
     by object. ``seconds``: the clip's length, 0 where it is not known. Raises ValueError where voices and spans do not
-    fit, or spans are not the prompt's.
+    fit, or spans are not the prompt's, and where the voices were made with different speaker encoders.
     """
     if not prompt.strip():
         if voices or any(span.timbre is not None for span in spans or []):
@@ -31,6 +32,7 @@ def encode_prompt(
     tokenizer = prompt_tokenizer(clip)
     tokenized = tokenizer(prompt)
     voices, assignment = _voices(tokenized, list(voices), spans)
+    check_one_encoder(voices)
     binding = bind_voices(tokenized.spans, voices, assignment)
     timbre, positions = timbre_inputs(tokenized, voices, assignment)
     extras = {} if timbre is None else {TIMBRE: timbre, TIMBRE_POSITIONS: positions}

@@ -113,10 +113,49 @@ def audio_part(latent: dict) -> torch.Tensor:
     return audio
 
 
-def clip_seconds(latent: dict) -> float | None:
-    """Exact length of the picture in a LATENT of picture and sound; None where there is no picture."""
+def clip_parts(latent: dict) -> list[torch.Tensor | None]:
+    """[video latent, audio latent] of a LATENT, None for one that it does not have."""
+    parts = all_parts(latent)
+    video = next((part for part in parts if part.ndim == 5 and not absent_parts([part.shape])[0]), None)
+    audio = next((part for part in parts if part.ndim == 4 and part.shape[2] != 1), None)
+    return [video, audio]
+
+
+def clip_masks(latent: dict) -> list[torch.Tensor]:
+    """The noise mask of each part of a LATENT's samples, fp32: (B, 1, T, H, W), (B, 1, L, 16); 1 where it has none."""
+    parts, mask = all_parts(latent), latent.get("noise_mask")
+    masks = [] if mask is None else (mask.unbind() if is_nested(mask) else [mask])
+    masks = [*masks, *[None] * (len(parts) - len(masks))]
+    return [_mask_of(part, mask) for part, mask in zip(parts, masks, strict=False)]
+
+
+def _mask_of(part: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    shape = (part.shape[0], 1, *part.shape[2:])
+    if mask is None:
+        return torch.ones(shape)
+    if mask.shape[2:] != shape[2:]:
+        mask = comfy.utils.reshape_mask(mask, shape)
+    return mask[:, :1].float().cpu().expand(shape).clone()
+
+
+def with_parts(latent: dict, parts: list[torch.Tensor], masks: list[torch.Tensor] | None) -> dict:
+    """The LATENT with these samples, a part each, and noise masks likewise; None leaves its mask alone."""
+    nested = is_nested(latent["samples"])
+    new = {"samples": comfy.nested_tensor.NestedTensor(parts) if nested else parts[0]}
+    if masks is not None:
+        new["noise_mask"] = comfy.nested_tensor.NestedTensor(masks) if nested else masks[0]
+    return {**latent, **new}
+
+
+def all_parts(latent: dict) -> list[torch.Tensor]:
+    """A LATENT's samples, a part each, those that stand for an absent modality too."""
     samples = latent["samples"]
-    if not is_nested(samples):
-        return None
-    video = samples.unbind()[0]
-    return None if absent_parts([video.shape])[0] else frames_of_latents(video.shape[2]) / FPS
+    return list(samples.unbind()) if is_nested(samples) else [samples]
+
+
+def clip_length(latent: dict) -> float:
+    """Exact seconds of a LATENT's clip: of its picture, or where it has none of its sound."""
+    video, audio = clip_parts(latent)
+    if video is not None:
+        return frames_of_latents(video.shape[2]) / FPS
+    return audio.shape[2] / AUDIO_LATENTS_PER_SECOND

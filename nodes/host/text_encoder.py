@@ -94,19 +94,19 @@ def encode_ids(clip, ids: Sequence[int]) -> torch.Tensor:
     No padding: the backbone pads the raw context with zeros to its text length. That is what the reference
     does too, which runs the encoder on padded ids under a mask and keeps the first n states. Run on 0.18.1 and 0.33.0.
     """
-    return _on_cpu_at_need(_with_its_network(clip), lambda each: each.encode_from_tokens(host_tokens(ids)))
+    return _on_cpu_at_need(with_its_network(clip), lambda each: each.encode_from_tokens(host_tokens(ids)))
 
 
 def encode_conditioning(clip, ids: Sequence[int], extras: dict | None = None) -> list:
     """Token ids -> CONDITIONING ``[[context, {**extras}]]`` as stock nodes make it: hooks and their schedules on the
     CLIP (a LoRA that changes over the steps) are respected. Run on ComfyUI 0.18.1 and 0.33.0."""
     return _on_cpu_at_need(
-        _with_its_network(clip),
+        with_its_network(clip),
         lambda each: each.encode_from_tokens_scheduled(host_tokens(ids), add_dict=dict(extras or {})),
     )
 
 
-def _with_its_network(clip):
+def with_its_network(clip):
     """The CLIP, encoding with the network that its patcher loads: newer hosts' Select CLIP Device exchanges the patcher
     alone, and the network it had would go on encoding from RAM, without the patcher's LoRAs. Run on 0.33.0."""
     if clip.cond_stage_model is not clip.patcher.model:

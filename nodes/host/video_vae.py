@@ -37,9 +37,11 @@ from ...nava_core.decoding import (
     with_memory,
 )
 from ...nava_core.geometry import PIXELS_PER_LATENT, VIDEO_CHANNELS, frames_of_latents
+from ...nava_core.given import Originals
 from ...nava_core.media import LATENTS_STAGE, check_finite
 from .component_memory import video_decode_bytes, video_encode_bytes
 from .latents import video_part
+from .originals import originals_of, whole_picture
 from .vae import has_room, on_device, run_whole, set_reload, stream_in_forms, what_vae
 
 # Of the host's decoder, counted tensor by tensor at the released width, in either type
@@ -286,7 +288,15 @@ def _video_vae_of_width(
 
 
 def decode_video_clips(vae: comfy.sd.VAE, latent: Mapping, decoding: Decoding) -> list[torch.Tensor]:
-    """A LATENT's picture as one IMAGE (T, H, W, 3) for each clip of the batch."""
+    """A LATENT's picture as one IMAGE (T, H, W, 3) for each clip of the batch, given frames as they were given."""
     clips = video_part(latent)
     check_finite(clips, LATENTS_STAGE)
-    return [decode_video(vae, clip[None], decoding) for clip in clips]
+    return [_with_given(vae, clip[None], decoding, originals_of(latent, number)) for number, clip in enumerate(clips)]
+
+
+def _with_given(vae, clip: torch.Tensor, decoding: Decoding, given: Originals | None) -> torch.Tensor:
+    if given is None:
+        return decode_video(vae, clip, decoding)
+    if given.has_all_frames:
+        return whole_picture(given)
+    return given.put_frames(decode_video(vae, clip, decoding))

@@ -21,7 +21,7 @@ def make_inputs(folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     Image.radial_gradient("L").resize((120, 80)).convert("RGB").save(folder / "first_frame.png")
-    for name, pitch in (("voice", 140), ("voice_first", 210), ("voice_second", 110)):
+    for name, pitch in (("voice", 140), ("voice_first", 210), ("voice_second", 110), ("speech", 180)):
         with wave.open(str(folder / f"{name}.wav"), "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)

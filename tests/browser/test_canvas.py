@@ -11,6 +11,7 @@ import pytest
 from machine import find_browser, make_inputs
 from media_checks import read_media
 from server import Comfy
+from voices import write_video
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -18,18 +19,23 @@ NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 SECONDS = 0.5
 CLIP = {"seconds": SECONDS, "preset": "custom", "width": 96, "height": 64}
 STEPS = {"steps": 2}
-MINUTES = 10
+SPAN = {"start": 0.2, "end": 0.3}  # of a retake
+MINUTES = 20
+# Three samplers that share the models, prompts and VAEs have no drawing without crossings: long_clip's trunk lines run
+# level, and other lines cross them upright. So many pairs of links meet there, a trunk counting once for each link.
+CROSSINGS = {"long_clip": 90}
 
 
 @pytest.fixture(scope="session")
 def server(playwright, tmp_path_factory):
-    """A running ComfyUI with small models, a picture and two voices."""
+    """A running ComfyUI with small models, a picture, a silent video and recordings."""
     from nava_core.demo import make_small_models, place_in_comfyui
 
     base = tmp_path_factory.mktemp("canvas")
     models = make_small_models(tmp_path_factory.mktemp("models"), preview_decoder=False)
     names = {role: path.name for role, path in place_in_comfyui(models, base / "models").items()}
     make_inputs(base / "input")
+    write_video(base / "input" / "silent.mp4", round(24 * SECONDS) + 1, (CLIP["width"], CLIP["height"]))
     with Comfy(base) as comfy:
         comfy.names = names
         comfy.post("/settings", {"Comfy.TutorialCompleted": True})  # else a first visit opens the templates
@@ -46,6 +52,7 @@ def small_values(names: dict[str, str]) -> dict:
         "NavaLoadSpeakerEncoder": {"file": names["speaker_encoder"]},
         "NavaEmptyLatent": CLIP,
         "NavaFirstFrame": {"size": "the latent's own"},
+        "NavaRetake": SPAN,
         "NavaSampler": STEPS,
         "NavaSigmas": STEPS,
     }
@@ -110,7 +117,7 @@ def test_it_is_drawn_tidily_before_and_after_a_run(seen, name, drawn):
     assert canvas["run"]["status"]["status_str"] == "success"
     for when in (canvas, canvas["after"]):
         assert when["overlaps"] == []
-        assert when["crossings"] == []
+        assert len(when["crossings"]) <= CROSSINGS.get(name, 0), when["crossings"]
         assert when["outside"] == []
 
 
@@ -138,14 +145,14 @@ def test_run_makes_the_file_it_promises(seen, server, name):
     (item,) = items
     media = read_media(server.base / "output" / item["subfolder"] / item["filename"])
     assert item["filename"].startswith(name)
-    assert media.channels == 2
-    assert media.sample_rate == 48000
+    own = name == "voice_drives_picture"  # the sound is the recording's
+    assert (media.channels, media.sample_rate) == (2, 16000 if own else 48000)
     if name == "audio_only":
         assert media.audio_codec == "flac"
         assert media.frames is None
     else:
         assert (media.video_codec, media.size) == ("h264", (96, 64))
-        assert len(media.frames) == 24 * SECONDS + 1
+        assert len(media.frames) == 24 * SECONDS * (3 if name == "long_clip" else 1) + 1
 
 
 def test_the_template_browser_shows_each_with_its_picture_and_opens_it(seen):

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from nava_core.pipeline import ClipLatents
+from nava_core.pipeline import ClipLatents, LongClip
 
 DELAY = float(os.environ.get("FAKE_SECONDS_A_CLIP", "0"))
 
@@ -25,6 +25,8 @@ def fake_latents(request):
         warnings = (REPORT,)
     video = None if request["mode"] == "audio" else torch.zeros(1, 48, 1, 2, 2)
     audio = torch.zeros(1, 8, 2, 16) if request["mode"] == "audio" else None
+    if "pictures" in request:
+        request = {**request, "pictures": {str(time): path for time, path in request["pictures"].items()}}
     settings = json.loads(json.dumps(request, default=str, sort_keys=True))
     return ClipLatents(video, audio, 1 / 24 if audio is None else 0.08, REPORT, warnings, settings)
 
@@ -57,6 +59,32 @@ class FakePipeline:
         if callback is not None:
             callback(1, 1)
         return path
+
+    def make_long(self, path, prompts, *, state, anew, callback, **request):
+        """One stage a prompt, each of them a file of the state; BOOM of a prompt ends it there."""
+        state = path.with_name(f".{path.stem}.segments") if state is None else Path(state)
+        state.mkdir(parents=True, exist_ok=True)
+        self.requests.append({"prompts": list(prompts), "state": state, "anew": anew, **request})
+        self.made = []
+        for number, prompt in enumerate(prompts):
+            if not (state / f"{number}.txt").exists():
+                if "BOOM" in prompt:
+                    raise RuntimeError("The network returned NaN.")
+                callback(1, 1, None, None)
+                self.made.append(number)
+                (state / f"{number}.txt").write_text(prompt)
+        path.write_text(" | ".join((state / f"{number}.txt").read_text() for number in range(len(prompts))))
+        return LongClip(path, request["seconds"], len(prompts), warnings=("the segments differ",), report=REPORT)
+
+    def extend(self, path, source, prompts, *, state, anew, callback, **request):
+        return self.make_long(path, prompts, state=state, anew=anew, callback=callback, source=source, **request)
+
+    def retake(self, source, prompt, span, *, callback, **request):
+        return self.denoise(prompt, callback=callback, mode="video+audio", source=source, retake=span, **request)
+
+    def refine(self, source, prompt, *, denoise, size, callback, **request):
+        more = {"source": source, "denoise": denoise, "size": size, **request}
+        return self.denoise(prompt, callback=callback, mode="video+audio", **more)
 
     def denoise(self, prompt, *, callback, **request):
         self.requests.append({"prompt": prompt, **request})

@@ -294,6 +294,89 @@ def test_the_key_follows_the_content(tmp_path):
     assert base.key() not in {*keys, before}
 
 
+def test_a_line_says_what_is_given(tmp_path):
+    for name in ("a.wav", "a.mp4", "one.png", "two.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    job = parse(
+        tmp_path, prompt="a", sound_path="a.wav", sound_start=2, sound_at=0.5, sound_rest="generated",
+        last_image_path="two.png", images_at={"1.5": "one.png"}, shown="matched-noise",
+    )  # fmt: skip
+    request = job.request()
+    assert (request["sound"], request["sound_start"], request["sound_at"]) == (tmp_path / "a.wav", 2, 0.5)
+    assert (request["sound_rest"], request["shown"]) == ("generated", "matched noise")
+    assert request["pictures"] == {1.5: tmp_path / "one.png", "end": tmp_path / "two.png"}
+    assert job.files == (tmp_path / "a.wav", tmp_path / "one.png", tmp_path / "two.png")
+    silent = parse(tmp_path, prompt="a", video_path="a.mp4")
+    assert (silent.seconds, silent.request()["frames"], silent.segments) == (None, tmp_path / "a.mp4", 1)
+    assert parse(tmp_path, prompt="a", video_path="a.mp4", seconds=20).segments == 1
+    places = {path: tmp_path / "x" / path.name for path in (*job.files, *silent.files)}
+    assert job.moved(places).files == tuple(places[path] for path in job.files)
+    assert silent.moved(places).request()["frames"] == tmp_path / "x" / "a.mp4"
+
+
+def test_a_line_of_more_seconds_than_a_segment_is_a_long_clip(tmp_path):
+    (tmp_path / "a.wav").touch()
+    job = parse(
+        tmp_path, prompt="<S>a<E>", then=["b", "<S>c<E>"], seconds=24, hold="colour+sharpness", spk_wavs=[None, "a.wav"]
+    )
+    assert job.segments == 3
+    request = job.long_request()
+    assert (request["prompts"], request["segment"]) == (["<S>a<E>", "b", "<S>c<E>"], 10)
+    assert (request["hold"], request["assignment"]) == ("colour and sharpness", (None, 0))
+    assert parse(tmp_path, prompt="a", seconds=24, segment=4).segments == 6
+    assert parse(tmp_path, prompt="a", seconds=24, segment=0).segments == 1
+    assert parse(tmp_path, prompt="a", seconds=24, audio_only=True).segments == 1
+    assert parse(tmp_path, prompt="a", seconds=10).segments == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ({"sound_path": "gone.wav"}, "There is no sound"),
+        ({"sound_start": 1}, "was said of no sound"),
+        ({"sound_path": "a", "sound_start": -1}, "sound_start must be a number above 0"),
+        ({"sound_path": "a", "sound_rest": "noise"}, "silence or generated; got 'noise'"),
+        ({"sound_path": "a", "video_only": True}, "for a clip of picture alone"),
+        ({"video_path": "a", "audio_only": True}, "for a clip of sound alone"),
+        ({"video_path": "a", "image_path": "a"}, "Give a video or single pictures"),
+        ({"images_at": ["a"]}, 'images_at must be files by the second they stand at, as {"2.5": "file.png"}'),
+        ({"images_at": {"soon": "a"}}, "images_at must be files by the second"),
+        ({"images_at": {"1": 5}}, "images_at must be files by the second"),
+        ({"shown": "grey"}, "shown clean or matched noise; got 'grey'"),
+        ({"then": [1]}, "then must be a list of prompts"),
+        ({"then": ["b"]}, "for the segments of a longer clip"),
+        ({"then": ["b", "c"], "seconds": 12}, "There are 3 prompts for 2 segments"),
+        ({"then": [" "], "seconds": 12}, "The prompt is empty"),
+        ({"segment": 0.1}, "A segment has from 0.17 to 60 seconds"),
+        ({"hold": "light"}, "one of nothing, colour, colour and sharpness; got 'light'"),
+        ({"seconds": 12, "last_image_path": "a"}, "only the first frame can be given"),
+        ({"seconds": 12, "save_latents": True}, "has no latents of its own"),
+    ],
+)
+def test_given_parts_of_a_line_that_do_not_go_together_are_a_sentence(tmp_path, line, sentence):
+    (tmp_path / "a").touch()
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        parse(tmp_path, prompt="a", **line)
+
+
+def test_what_is_given_is_part_of_the_content(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode())
+    base = parse(tmp_path, prompt="x")
+    assert replace(base, hold="colour", segment=7.0).key() == base.key()  # of no meaning for a clip in one pass
+    others = [
+        {"sound_path": "a"}, {"sound_path": "b"}, {"sound_path": "a", "sound_at": 1}, {"last_image_path": "a"},
+        {"last_image_path": "b"}, {"images_at": {"1": "a"}}, {"images_at": {"2": "a"}}, {"video_path": "a"},
+        {"video_path": "a", "shown": "matched noise"}, {"seconds": 12}, {"seconds": 12, "segment": 0},
+        {"seconds": 12, "segment": 5}, {"seconds": 12, "then": ["y"]}, {"seconds": 12, "hold": "colour"},
+    ]  # fmt: skip
+    keys = {parse(tmp_path, prompt="x", **other).key() for other in others}
+    assert len(keys | {base.key()}) == len(others) + 1
+    before = parse(tmp_path, prompt="x", sound_path="a").key()
+    (tmp_path / "a").write_bytes(b"another recording of the same name")
+    assert parse(tmp_path, prompt="x", sound_path="a").key() not in {*keys, before}
+
+
 # --- runs --------------------------------------------------------------------------------------------------------
 
 
@@ -921,3 +1004,37 @@ def test_killed_while_decoding_and_finished_from_the_latents(tmp_path, models):
     assert clips(out) == ["a.mp4", "b.mp4"]
     assert (out / "a.mp4.latents.safetensors").stat().st_mtime_ns == made
     assert not (out / ".unfinished").exists()
+
+
+# --- long clips --------------------------------------------------------------------------------------------------
+
+
+def test_a_long_clip_that_failed_goes_on_from_what_is_there(tmp_path, pipeline):
+    line = {"id": "long", "prompt": "one", "then": ["two BOOM"], "seconds": 20}
+    source, out = write(tmp_path, line, {"id": "short", "prompt": "three"}), tmp_path / "out"
+    result = run(source, out, pipeline)
+    assert statuses(result) == ["failed", "made"]
+    (state,) = (out / ".segments").iterdir()
+    assert [path.name for path in state.iterdir()] == ["0.txt"]
+    (state / "1.txt").write_text("two")
+    result = run(source, out, pipeline)
+    assert statuses(result) == ["made", "skipped"]
+    assert pipeline.made == []
+    assert (out / "long.mp4").read_text() == "one | two"
+    assert not (out / ".segments").exists()
+    assert result.outcomes[0].warnings == ("the segments differ",)
+    assert statuses(run(source, out, pipeline)) == ["skipped", "skipped"]
+
+
+def test_a_long_clip_is_begun_anew_where_all_is_remade_or_its_line_changed(tmp_path, pipeline):
+    line = {"id": "long", "prompt": "one", "then": ["two BOOM"], "seconds": 20}
+    out = tmp_path / "out"
+    run(write(tmp_path, line), out, pipeline)
+    (state,) = (out / ".segments").iterdir()
+    (state / "1.txt").write_text("two")
+    run(write(tmp_path, line), out, pipeline, remake=True)
+    assert pipeline.made == [0]
+    assert statuses(run(write(tmp_path, {**line, "then": ["two"]}), out, pipeline)) == ["made"]
+    assert pipeline.made == [0, 1]
+    assert (out / "long.mp4").read_text() == "one | two"
+    assert [path.name for path in (out / ".segments").iterdir()] == [state.name]  # of the line as it was

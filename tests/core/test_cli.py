@@ -19,14 +19,27 @@ from nava_core.cli import main
 from nava_core.cli.progress import Progress, format_duration
 from nava_core.decoding import Decoding
 from nava_core.demo import make_small_models
-from nava_core.pipeline import ClipLatents
+from nava_core.pipeline import ClipLatents, Retake
 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("_fake_pipeline.py")
 spec = importlib.util.spec_from_file_location("_fake_pipeline", FAKE)
 fake = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fake)
-COMMANDS = ("generate", "batch", "decode", "convert", "inspect", "demo")
+COMMANDS = (
+    "generate",
+    "batch",
+    "rewrite",
+    "extend",
+    "retake",
+    "refine",
+    "decode",
+    "report",
+    "voice",
+    "convert",
+    "inspect",
+    "demo",
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +134,34 @@ def test_help_needs_no_torch():
         (["generate", "a", "--save-latents", "A bell rings."], "'A bell rings.' is no name of a .safetensors file"),
         (["generate", "a", "--tile-size", "32"], "whole number from 64 to 4096"),
         (["generate", "a", "--decoding", "fast"], "invalid choice"),
+        (["generate", "a", "--sound", "gone.wav"], "no sound"),
+        (["generate", "a", "--sound-start", "-1"], "0 or more"),
+        (["generate", "a", "--sound-at", "1"], "said of no sound: give one"),
+        (["generate", "a", "--sound", FAKE, "--video-only"], "A sound was given for a clip of picture alone"),
+        (["generate", "a", "--video", "gone.mp4"], "no video"),
+        (["generate", "a", "--video", FAKE, "--audio-only"], "A video was given for a clip of sound alone"),
+        (["generate", "a", "--video", FAKE, "--last-image", FAKE], "Give a video or single pictures, and not both"),
+        (["generate", "a", "--image", FAKE, "--image-at", f"0={FAKE}"], "Two pictures were given for the first frame"),
+        (["generate", "a", "--image-at", "her.png"], "does not say when: give SECONDS=FILE"),
+        (["generate", "a", "--image-at", "x=her.png"], "is no number"),
+        (["generate", "a", "--shown", "grey"], "invalid choice"),
+        (["generate", "a", "--then", "b"], "are for the segments of a longer clip"),
+        (["generate", "a", "--then", "b", "--then", "c", "--seconds", "12"], "There are 3 prompts for 2 segments"),
+        (["generate", "a", "--seconds", "12", "--segment", "0.1"], "A segment has from 0.17 to 60 seconds"),
+        (["generate", "a", "--seconds", "12", "--segment", "0", "--then", "b"], "made in one pass"),
+        (["generate", "a", "--seconds", "12", "--last-image", FAKE], "only the first frame can be given"),
+        (["generate", "a", "--seconds", "12", "--save-latents"], "--save-latents: a clip of several segments"),
+        (["generate", "a", "--state", "x"], "--state: this clip is made in one pass"),
+        (["extend", "gone.mp4", "a"], "There is no file gone.mp4"),
+        (["extend", FAKE], "Give the prompt"),
+        (["extend", FAKE, "a", "--segment", "0"], "--segment: what a clip is extended by is made in segments"),
+        (["extend", FAKE, "a", "--out", "x.wav"], "written as .mp4"),
+        (["retake", FAKE, "a"], "required: --from, --to"),
+        (["retake", FAKE, "a", "--from", "2", "--to", "1"], "from one second to a later one; got 2 to 1"),
+        (["retake", FAKE, "a", "--from", "0", "--to", "1", "--region", "1,2,3"], "is no region"),
+        (["retake", FAKE, "a", "--from", "0", "--to", "1", "--part", "sound", "--region", "0,0,9,9"], "has no region"),
+        (["refine", FAKE, "a", "--denoise", "0"], "above 0 and up to 1"),
+        (["refine", "gone.safetensors", "a"], "There is no file gone.safetensors"),
         (["decode"], "required: LATENTS"),
         (["decode", "gone.safetensors"], "There is no file gone.safetensors"),
         (["inspect", "gone"], "There is no gone"),
@@ -233,6 +274,105 @@ def test_generate_hands_everything_on(nava, models, tmp_path):
     assert str(nava.pipeline.options["vae_dtype"]) == "torch.float32"
     assert "step 3/3" in err
     assert "a fake clip" in err
+
+
+def test_generate_hands_on_what_is_given(nava, models, tmp_path):
+    for name in ("song.wav", "a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    code, _, err = nava(
+        "generate", "a", "--models", models, "--sound", "song.wav", "--sound-start", "12.5", "--sound-at", "1",
+        "--sound-rest", "generated", "--last-image", "b.png", "--image-at", "2.5=a.png", "--shown", "matched-noise",
+    )  # fmt: skip
+    assert code == 0, err
+    request = nava.pipeline.requests[0]
+    assert (request["sound"], request["sound_start"], request["sound_at"]) == (tmp_path / "song.wav", 12.5, 1.0)
+    assert (request["sound_rest"], request["shown"]) == ("generated", "matched noise")
+    assert request["pictures"] == {2.5: tmp_path / "a.png", "end": tmp_path / "b.png"}
+    assert "frames" not in request
+
+
+def test_sound_for_a_video_is_as_long_as_it_unless_seconds_are_given(nava, models, tmp_path):
+    (tmp_path / "a.mp4").touch()
+    command = ("generate", "a", "--models", models, "--video", "a.mp4")
+    assert nava(*command)[0] == 0
+    request = nava.pipeline.requests[0]
+    assert (request["frames"], request["seconds"], request["size_from_image"]) == (tmp_path / "a.mp4", None, True)
+    assert nava(*command, "--seconds", "30", "--size", "640x352")[0] == 0  # in one pass, whatever the length
+    request = nava.pipeline.requests[0]
+    assert (request["seconds"], request["size_from_image"], request["width"]) == (30, False, 640)
+
+
+def test_longer_clips_are_made_in_segments(nava, models, tmp_path):
+    (tmp_path / "a.wav").touch()
+    speech = ("<S>One.<E>", "--then", "Nothing.", "--then", "<S>Two.<E>", "--voice", "2=a.wav")
+    command = ("generate", *speech, "--models", models, "--seconds", "24", "--hold", "colour+sharpness")
+    code, out, err = nava(*command)
+    assert code == 0, err
+    assert Path(out.strip()).read_text() == "<S>One.<E> | Nothing. | <S>Two.<E>"
+    (request,) = nava.pipeline.requests
+    assert (request["prompts"], request["seconds"], request["segment"]) == (
+        ["<S>One.<E>", "Nothing.", "<S>Two.<E>"], 24, 10,
+    )  # fmt: skip
+    assert (request["hold"], request["anew"]) == ("colour and sharpness", False)
+    assert (request["voices"], request["assignment"]) == ((tmp_path / "a.wav",), (None, 0))
+    assert nava("generate", "a", "--models", models, "--seconds", "10")[0] == 0
+    assert nava("generate", "a", "--models", models, "--seconds", "24", "--segment", "0")[0] == 0
+    assert nava("generate", "a", "--models", models, "--seconds", "24", "--audio-only")[0] == 0
+    assert "prompts" not in nava.pipeline.requests[0]
+    assert nava("generate", "a", "--models", models, "--seconds", "9", "--segment", "3", "--state", "kept")[0] == 0
+    assert nava.pipeline.requests[0]["state"] == tmp_path / "kept"
+
+
+def test_a_long_clip_goes_on_after_an_interruption(nava, models, tmp_path):
+    command = ("generate", "a", "--then", "b BOOM", "--models", models, "--seconds", "20", "--out", "x/long.mp4")
+    code, _, err = nava(*command)
+    assert code == 1
+    assert "NaN" in err
+    assert not (tmp_path / "x" / "long.mp4").exists()
+    (tmp_path / "x" / ".long.segments" / "1.txt").write_text("b")
+    assert nava(*command)[0] == 0
+    assert nava.pipeline.made == []
+    assert (tmp_path / "x" / "long.mp4").read_text() == "a | b"
+
+
+def test_finished_clips_are_extended_retaken_and_refined(nava, models, tmp_path):
+    for name in ("a.latents.safetensors", "b.mp4", "her.wav"):
+        (tmp_path / name).write_bytes(name.encode())
+    common = ("--models", models, "--seed", "7", "--steps", "3")
+    more = ("--then", "Say <S>so<E>", "--voice", "her.wav", "--seconds", "15", "--size", "640x352")
+    code, out, err = nava("extend", "a.latents.safetensors", "She goes.", *more, *common)
+    assert code == 0, err
+    assert out.strip() == str(tmp_path / "a_longer.mp4")
+    request = nava.pipeline.requests[0]
+    assert (request["source"], request["seconds"]) == (tmp_path / "a.latents.safetensors", 15)
+    assert (request["prompts"], request["voices"]) == (["She goes.", "Say <S>so<E>"], (tmp_path / "her.wav",))
+    assert (request["width"], request["height"], request["size_from_image"]) == (640, 352, False)
+    assert not {"mode", "image", "image_scale"} & set(request)
+    assert nava("extend", "b.mp4", "a", "--seconds", "2", *common)[0] == 0  # a single segment, too
+    assert not {"width", "size_from_image"} & set(nava.pipeline.requests[0])
+
+    span = ("--from", "0.5", "--to", "2", "--part", "picture", "--region", "0,16,320,64", "--shown", "matched-noise")
+    code, out, err = nava("retake", "b.mp4", "A boat.", *span, "--save-latents", *common)
+    assert code == 0, err
+    assert out.strip() == str(tmp_path / "b_retake.mp4")
+    assert (tmp_path / "b_retake.latents.safetensors").is_file()
+    request = nava.pipeline.requests[0]
+    assert request["retake"] == Retake(0.5, 2, "picture", (0, 16, 320, 64))
+    assert (request["source"], request["shown"], request["seed"]) == (tmp_path / "b.mp4", "matched noise", 7)
+    assert not {"seconds", "width", "image"} & set(request)
+
+    code, out, err = nava("refine", "b.mp4", "A boat.", "--denoise", "0.3", "--size", "landscape", *common)
+    assert code == 0, err
+    assert out.strip() == str(tmp_path / "b_refined.mp4")
+    request = nava.pipeline.requests[0]
+    assert (request["denoise"], request["size"], request["steps"]) == (0.3, (1280, 704), 3)
+
+
+def test_what_a_latents_file_leaves_out_is_said(nava, models, monkeypatch):
+    monkeypatch.setattr(ClipLatents, "not_kept", "The frames are not in it.")
+    code, _, err = nava("generate", "a", "--models", models, "--save-latents")
+    assert code == 0
+    assert "The frames are not in it." in err
 
 
 def test_generate_with_a_preset(nava, models):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import socket
 import weakref
 
@@ -23,10 +24,13 @@ from nava_core.components import (
     normalize_video,
 )
 from nava_core.components.audio_vae import vocoder_config
+from nava_core.components.log_mel import log_mel, mel_filters
 from nava_core.components.video_vae import diffusers_name, video_vae_config
 from nava_core.decoding import DecodeForm
 from nava_core.demo import AUDIO_CONFIG, TEXT_DIM, make_small_models
 from nava_core.explain import TooLittleMemoryError, explain
+from nava_core.timbre import resample as resampling
+from nava_core.timbre.resample import find_torchaudio
 
 diffusers = pytest.importorskip("diffusers", reason="the standalone VAEs need diffusers")
 transformers = pytest.importorskip("transformers", reason="the standalone text encoder needs transformers")
@@ -209,6 +213,73 @@ def test_audio_latents_are_denormalised_before_decoding(models, audio_vae):
     assert waveform.square().mean().sqrt() > 1e-2
     with pytest.raises(ValueError, match="An audio latent is"):
         audio_vae.decode(noise(1, 16, 9, 8))
+
+
+def test_the_audio_vae_reads_its_encoder_only_when_it_is_to_encode(models):
+    vae = load_audio_vae(models["audio_vae"])
+    assert not any(name.startswith("encoder.") for name in vae.state_dict())
+    vae.decode(noise(1, 8, 2, 16))
+    assert vae.encoder is None
+    latent = vae.encode(0.1 * noise(2, 16_000), 16_000, 26)
+    assert latent.shape == (1, 8, 26, 16)
+    assert {name for name in vae.state_dict() if name.startswith("encoder.")} == {
+        name.removeprefix("audio_vae.") for name in load_file(models["audio_vae"]) if ".encoder." in name
+    }
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_encoding_hears_what_is_missing_as_silence_and_leaves_out_what_is_too_much(audio_vae):
+    slow = 0.1 * noise(2, 16_000)
+    filled = torch.cat([slow, 0 * slow], dim=1)
+    assert torch.allclose(audio_vae.encode(slow, 16_000, 40), audio_vae.encode(filled, 16_000, 40), atol=1e-5)
+    sound = 0.1 * noise(2, 48_000)
+    latent = audio_vae.encode(sound, 48_000, 26)
+    filled = torch.cat([sound, sound], dim=1)
+    assert torch.allclose(audio_vae.encode(filled, 48_000, 10), latent[:, :, :10], atol=1e-5)
+    assert torch.equal(audio_vae.encode(sound[:1], 48_000, 5), audio_vae.encode(sound[:1].expand(2, -1), 48_000, 5))
+    louder = sound.clone()
+    louder[:, 24_000:] *= 3  # 0.5 s: nothing before step 12 hears it, 32 ms of window apart
+    changed = (audio_vae.encode(louder, 48_000, 26) - latent).abs().amax(dim=(0, 1, 3))
+    assert changed[:12].max() < 1e-5
+    assert changed[14:].min() > 1e-3
+    for wrong in (sound[None], sound[:, :1000]):
+        with pytest.raises(ValueError, match=r"Sound of at least 0[.]1 s"):
+            audio_vae.encode(wrong, 48_000, 5)
+
+
+def test_encoding_needs_no_torchaudio(audio_vae, monkeypatch):
+    sound = 0.1 * noise(2, 44_100)
+    latent = audio_vae.encode(sound, 44_100, 26)
+    monkeypatch.setattr(resampling, "find_torchaudio", lambda: None)
+    assert torch.allclose(audio_vae.encode(sound, 44_100, 26), latent, atol=1e-4)
+
+
+def test_sound_goes_through_the_encoder_as_its_statistics_say(models, audio_vae):
+    """Written out anew: mean of the encoder's Gaussian, (x - mean) / std over the 128 values of a step."""
+    sound = 0.1 * noise(2, 16_000)
+    latent = audio_vae.encode(sound, 16_000, 26)
+    stats = load_file(models["audio_vae"])
+    mean, std = (stats[f"audio_vae.per_channel_statistics.{kind}-of-means"].float() for kind in ("mean", "std"))
+    mel = log_mel(sound, 16_000, 1024, 160, 64)
+    assert mel.shape == (2, 101, 64)
+    raw = audio_vae.encoder(mel[None])[:, :8].transpose(1, 2).flatten(2)
+    assert torch.allclose(latent.transpose(1, 2).flatten(2), (raw - mean) / std, atol=1e-5)
+
+
+def test_the_log_mel_spectrogram_is_slaneys():
+    torchaudio = find_torchaudio()
+    sound = 0.1 * noise(2, 8000)
+    mel = log_mel(sound, 16_000, 1024, 160, 64)
+    filters = mel_filters(16_000, 1024, 64)
+    edges = (filters > 0).float()
+    assert torch.allclose(filters.sum(dim=0)[20:] * 15.625, torch.ones(44), atol=0.03)  # of area 1
+    assert (edges.sum(dim=1) <= 2).all()
+    assert log_mel(0 * sound, 16_000, 1024, 160, 64).unique().tolist() == [pytest.approx(math.log(1e-5))]
+    if torchaudio is not None:
+        theirs = torchaudio.transforms.MelSpectrogram(
+            16_000, 1024, hop_length=160, n_mels=64, power=1.0, mel_scale="slaney", norm="slaney"
+        )
+        assert torch.allclose(mel, theirs(sound).clamp(min=1e-5).log().transpose(-1, -2), atol=1e-4)
 
 
 def test_the_vocoder_ends_in_a_clamp_where_its_configuration_says_no_tanh(audio_vae):

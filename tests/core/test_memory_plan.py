@@ -559,6 +559,23 @@ def test_a_first_frame_that_takes_too_much_is_encoded_on_the_cpu(files, gpu, mon
 
 
 @pytest.mark.usefixtures("_latents_only")
+def test_given_frames_and_sound_that_take_too_much_are_encoded_on_the_cpu(files, gpu, monkeypatch):
+    tone = (torch.sin(torch.arange(24000) / 20)[None] / 3, 24000)
+    for given, module, role, doing in (
+        ({"frames": torch.rand(13, 32, 64, 3), "size_from_image": False}, "video_vae", "video VAE", "13 frames"),
+        ({"sound": tone}, "audio_vae", "audio VAE", "the sound"),
+    ):
+        expected, said = opened(files)(PROMPT, **SHORT, **given), []
+        with monkeypatch.context() as short:
+            if module == "video_vae":
+                Shortage(short, type(memory.load_video_vae(files.video_vae).network), "_encode", {1})
+            else:
+                Shortage(short, memory.AudioVAE, "encode", {1})
+            assert near(opened(files, said)(PROMPT, **SHORT, **given), expected)
+        assert f"Out of memory while encoding {doing}: once more with the {role} on the CPU." in said
+
+
+@pytest.mark.usefixtures("_latents_only")
 @pytest.mark.parametrize("at", [1, 4, 15, 22])
 @pytest.mark.parametrize("error", [None, RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")])
 def test_a_step_that_runs_out_is_made_again_with_predictions_apart_and_half_the_blocks(

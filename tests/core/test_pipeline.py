@@ -500,8 +500,9 @@ def test_a_preset_takes_the_place_of_steps_solver_and_scales(pipeline, models):
         sampler=run.solver,
         guidance=run.guidance,
     )
-    assert torch.equal(clip.video_latent, denormalize_video(video))
-    assert torch.equal(clip.audio_latent, audio_tokens_to_latent(audio))
+    # Up to rounding: some processors' kernels go by where in memory the weights lie, and the pipeline's are mapped.
+    torch.testing.assert_close(clip.video_latent, denormalize_video(video), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(clip.audio_latent, audio_tokens_to_latent(audio), atol=2e-5, rtol=1e-5)
     guided = pipeline("A bell.", preset="distilled", guidance=Guidance(), **settings)
     assert (guided.video_latent - clip.video_latent).abs().max() > 1e-3
     with pytest.raises(ValueError, match="no preset"):

@@ -12,11 +12,15 @@ NAMES = [
     "audio_only",
     "first_frame_and_voice",
     "first_frame_to_clip",
+    "long_clip",
     "low_memory",
+    "retake",
     "sampler_parts",
+    "sound_for_video",
     "text_to_clip",
     "two_gpus",
     "two_speakers",
+    "voice_drives_picture",
 ]
 NOTES = {"MarkdownNote", "Note"}
 WIDGET_TYPES = {"STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
@@ -111,7 +115,8 @@ def widget_values(node: dict, specs: dict[str, list]) -> dict[str, object]:
         if options(spec).get("control_after_generate"):
             assert next(stored) in {"fixed", "increment", "decrement", "randomize"}
     left = list(stored)
-    browser_only = any(spec[1:] and {"image_upload", "audio_upload"} & set(spec[1]) for spec in specs.values())
+    uploads = {"image_upload", "audio_upload", "video_upload"}
+    browser_only = any(spec[1:] and uploads & set(spec[1]) for spec in specs.values())
     assert not left or browser_only or node["type"] == "PreviewAny", (
         f"{node['type']} has widget values too many: {left}"
     )
@@ -234,13 +239,16 @@ def test_widget_values_are_ones_that_the_server_takes(api, object_info):
 
 
 def test_every_workflow_has_an_encoded_negative(api):
-    (sampler,) = [node["inputs"] for node in api.values() if node["class_type"] in ("NavaSampler", "NavaGuider")]
-    negative = api[sampler["negative"][0]]
+    samplers = [node["inputs"] for node in api.values() if node["class_type"] in ("NavaSampler", "NavaGuider")]
     sound_alone = not nodes_named(api, "NavaLoadVideoVAE")
-    assert negative["class_type"] == "NavaEncodePrompt"
-    assert negative["inputs"]["prompt"] == ""
-    assert negative["inputs"]["negative_terms"] == ("sound, Chinese" if sound_alone else "picture and sound, Chinese")
-    assert negative["inputs"]["clip"] == api[sampler["positive"][0]]["inputs"]["clip"]
+    assert samplers
+    for sampler in samplers:
+        negative = api[sampler["negative"][0]]
+        assert negative["class_type"] == "NavaEncodePrompt"
+        assert negative["inputs"]["prompt"] == ""
+        terms = "sound, Chinese" if sound_alone else "picture and sound, Chinese"
+        assert negative["inputs"]["negative_terms"] == terms
+        assert negative["inputs"]["clip"] == api[sampler["positive"][0]]["inputs"]["clip"]
 
 
 def nodes_named(api: dict, class_type: str) -> list[dict]:
@@ -298,6 +306,52 @@ def test_sampler_parts_use_the_stock_sampler():
     assert "NavaSampler" not in classes
 
 
+def sources(api: dict, class_type: str, name: str) -> list[str]:
+    """Class and output that this input of each node of a class comes from, such as "NavaContinue 0"."""
+    links = [inputs[name] for inputs in nodes_named(api, class_type)]
+    return [f"{api[origin]['class_type']} {slot}" for origin, slot in links]
+
+
+def test_the_recording_drives_the_picture_and_is_what_is_heard():
+    graph = load("voice_drives_picture")
+    assert sources(graph, "NavaGivenAudio", "audio") == ["LoadAudio 0"]
+    assert sources(graph, "NavaGivenAudio", "latent") == ["NavaFirstFrame 0"]
+    assert sources(graph, "NavaSampler", "latent") == ["NavaGivenAudio 0"]
+    assert sources(graph, "NavaMux", "audio") == ["NavaDecodeAudio 0"]
+    assert not nodes_named(graph, "NavaEncodeTimbre")  # the voice is the recording's own
+
+
+def test_the_video_gets_sound_and_stays_as_it_was_given():
+    graph = load("sound_for_video")
+    assert sources(graph, "NavaGivenFrames", "images") == ["GetVideoComponents 0"]
+    assert sources(graph, "NavaGivenFrames", "fps") == ["GetVideoComponents 2"]
+    assert nodes_named(graph, "NavaGivenFrames")[0]["place"] == "from seconds"
+    assert nodes_named(graph, "NavaGivenFrames")[0]["use"] == "keep"
+    assert sources(graph, "NavaMux", "frames") == ["NavaGivenFrames 1"]
+    assert not nodes_named(graph, "NavaDecodeVideo")
+
+
+def test_each_segment_of_a_long_clip_begins_where_the_clip_so_far_ends():
+    graph = load("long_clip")
+    assert sorted(sources(graph, "NavaSampler", "latent")) == ["NavaContinue 0", "NavaContinue 0", "NavaEmptyLatent 0"]
+    assert sources(graph, "NavaContinue", "frames") == ["NavaDecodeVideo 0", "NavaJoin 0"]
+    assert sources(graph, "NavaJoin", "frames") == ["NavaDecodeVideo 0", "NavaJoin 0"]
+    prompts = [graph[sampler["positive"][0]]["inputs"] for sampler in nodes_named(graph, "NavaSampler")]
+    assert len({each["prompt"] for each in prompts}) == 3
+    assert len({tuple(each["voices.voice0"]) for each in prompts}) == 1  # one voice
+
+
+def test_a_retake_keeps_the_first_take_as_it_was_decoded():
+    graph = load("retake")
+    assert sources(graph, "NavaRetake", "latent") == ["NavaSampler 0"]
+    assert sources(graph, "NavaRetake", "frames") == ["NavaDecodeVideo 0"]
+    assert sources(graph, "NavaRetake", "audio") == ["NavaDecodeAudio 0"]
+    first, second = nodes_named(graph, "NavaSampler")
+    assert graph[second["latent"][0]]["class_type"] == "NavaRetake"
+    assert first["model"] == second["model"]
+    assert first["positive"] != second["positive"]
+
+
 # ------------------------------------------------------------------ drawn to be read
 
 
@@ -312,7 +366,8 @@ def test_a_note_says_where_each_file_goes(canvas):
 
 def test_every_node_lies_in_one_titled_group(canvas):
     groups = [(x, y, x + width, y + height) for x, y, width, height in (g["bounding"] for g in canvas["groups"])]
-    assert {"Models", "Clip", "Sampling", "Decode & save"} <= {group["title"] for group in canvas["groups"]}
+    titles = {group["title"].partition(":")[0] for group in canvas["groups"]}
+    assert {"Models", "Clip", "Sampling", "Decode & save"} <= titles
     assert not any(overlap(a, b) for a, b in itertools.combinations(groups, 2))
     for node in canvas["nodes"]:
         left, top, right, bottom = box(node)

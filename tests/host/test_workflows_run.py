@@ -9,15 +9,17 @@ import numpy
 import pytest
 from comfy_host import ROOT
 from media_checks import assert_alive, read_media
-from voices import write_photo, write_voice
+from PIL import Image
+from voices import write_photo, write_video, write_voice
 
 API = ROOT / "workflows" / "api"
 NAMES = sorted(path.stem for path in API.glob("*.json"))
 EXPECTED = {
     "text_to_clip", "first_frame_to_clip", "first_frame_and_voice", "two_speakers", "audio_only", "sampler_parts",
-    "low_memory", "two_gpus",
+    "low_memory", "two_gpus", "voice_drives_picture", "sound_for_video", "long_clip", "retake",
 }  # fmt: skip
 FRAMES = 25
+SEGMENTS = 3  # of long_clip
 FILES = {
     "NavaLoadBackbone": "backbone",
     "NavaLoadTextEncoder": "text_encoder",
@@ -29,10 +31,12 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def inputs(comfy):
-    """Names of a photograph and two voices in the server's input folder."""
+    """Names of a photograph, a silent video and two voices in the server's input folder."""
     folder = comfy.base / "input"
     write_photo(folder / "photo.png")
-    return {"photo": "photo.png", "voices": [write_voice(folder / f"{k}.wav", k).name for k in ("low", "high")]}
+    video = write_video(folder / "silent.mp4", FRAMES, (96, 64)).name
+    voices = [write_voice(folder / f"{k}.wav", k).name for k in ("low", "high")]
+    return {"photo": "photo.png", "video": video, "voices": voices}
 
 
 def nodes_of(graph, *kinds):
@@ -63,6 +67,10 @@ def small(name, comfy, inputs, seed=5, voices=None):
         node.update(tile_size=64, overlap=32)
     for node in nodes_of(graph, "LoadImage"):
         node["image"] = inputs["photo"]
+    for node in nodes_of(graph, "LoadVideo"):
+        node["file"] = inputs["video"]
+    for node in nodes_of(graph, "NavaRetake"):
+        node.update(start=0.4, end=0.6)
     for node, voice in zip(nodes_of(graph, "LoadAudio"), voices or inputs["voices"], strict=False):
         node["audio"] = voice
     return graph
@@ -83,14 +91,16 @@ def test_workflow_gives_the_clip_it_promises(comfy, inputs, name):
         assert [path.suffix for path in saved] == [".mp4"]
     media = read_media(saved[0])
     assert_alive(media)
-    assert (media.channels, media.sample_rate) == (2, 48000)
+    if name != "voice_drives_picture":  # whose sound is the recording's own
+        assert (media.channels, media.sample_rate) == (2, 48000)
     if name == "audio_only":
         assert media.frames is None
         assert media.samples.shape[1] == 48000
         return
     assert (media.video_codec, media.audio_codec) == ("h264", "aac")
-    assert (media.size, media.rate, len(media.frames)) == ((96, 64), 24, FRAMES)
-    assert media.video_seconds == pytest.approx(FRAMES / 24, abs=1e-3)
+    frames = SEGMENTS * (FRAMES - 1) + 1 if name == "long_clip" else FRAMES
+    assert (media.size, media.rate, len(media.frames)) == ((96, 64), 24, frames)
+    assert media.video_seconds == pytest.approx(frames / 24, abs=1e-3)
     assert media.audio_seconds == pytest.approx(media.video_seconds, abs=1e-3)
 
 
@@ -143,3 +153,57 @@ def test_sampler_parts_is_the_sampler(comfy, inputs):
     first, second = (read_media(comfy.ok(copy.deepcopy(graph)).file(".mp4")) for graph in (one, parts))
     assert numpy.array_equal(first.frames, second.frames)
     assert numpy.array_equal(first.samples, second.samples)
+
+
+def test_the_recording_is_heard_and_changes_the_picture(comfy, inputs):
+    low, high = inputs["voices"]
+    clips = [
+        read_media(comfy.ok(small("voice_drives_picture", comfy, inputs, voices=[voice])).file(".mp4"))
+        for voice in (low, high)
+    ]
+    for media, name in zip(clips, (low, high), strict=True):
+        recording = read_media(comfy.base / "input" / name)
+        assert media.sample_rate == recording.sample_rate
+        assert left_over(media, recording) < 0.1  # as far as AAC can keep it
+    assert numpy.abs(clips[0].frames.astype(int) - clips[1].frames)[1:].max() > 8
+    assert numpy.abs(clips[0].frames.astype(int) - clips[1].frames)[0].mean() < 3  # the given frame, but for the codec
+
+
+def left_over(media, recording) -> float:
+    """How far a clip's sound is from the beginning of a recording, as a share of its loudness."""
+    count = round(media.audio_seconds * media.sample_rate)
+    sound, expected = (each.samples.mean(axis=0)[:count] for each in (media, recording))
+    return float(numpy.sqrt(((sound - expected) ** 2).mean() / (expected**2).mean()))
+
+
+def test_the_video_comes_out_with_a_sound_of_its_own_making(comfy, inputs):
+    graph = small("sound_for_video", comfy, inputs)
+    media = read_media(comfy.ok(graph).file(".mp4"))
+    given = read_media(comfy.base / "input" / inputs["video"])
+    assert numpy.abs(media.frames.astype(int) - given.frames).mean() < 3  # twice through the codec
+    other = read_media(comfy.ok(small("sound_for_video", comfy, inputs, seed=6)).file(".mp4"))
+    assert numpy.array_equal(media.frames, other.frames)
+    assert numpy.abs(media.samples - other.samples).max() > 0.01
+
+
+def test_a_long_clip_goes_on_without_a_cut(comfy, inputs):
+    """The seams are no greater steps than others: of random weights they are all large, so each is looked up."""
+    frames = read_media(comfy.ok(small("long_clip", comfy, inputs)).file(".mp4")).frames.astype(int)
+    steps = numpy.abs(numpy.diff(frames, axis=0)).mean(axis=(1, 2, 3))
+    assert steps.min() > 0.01  # the frame that two segments share is there once
+
+
+def test_a_retake_leaves_the_rest_as_it_was(comfy, inputs):
+    graph = small("retake", comfy, inputs)
+    decoders = [number for number, node in graph.items() if node["class_type"] == "NavaDecodeVideo"]
+    for number in decoders:
+        pictures = {"images": [number, 0], "filename_prefix": f"frames_{number}"}
+        graph[f"frames of {number}"] = {"class_type": "SaveImage", "inputs": pictures}
+    run = comfy.ok(graph)
+    first, retaken = (frames_saved(run, f"frames_{number}") for number in decoders)
+    same = (first == retaken).all(axis=(1, 2, 3))
+    assert list(numpy.flatnonzero(~same)) == list(range(9, 17))  # the latents that 0.4 to 0.6 s touch
+
+
+def frames_saved(run, prefix):
+    return numpy.stack([numpy.asarray(Image.open(path)) for path in run.files if path.name.startswith(prefix)])

@@ -1,4 +1,4 @@
-"""Voices and pictures for the host tests: espeak-ng and scikit-image's photographs where they are, else made here."""
+"""Voices, pictures, a video for the host tests: espeak-ng and scikit-image's photographs where they are, else made."""
 
 import shutil
 import subprocess
@@ -38,4 +38,21 @@ def write_photo(path: Path) -> Path:
     from skimage import data
 
     Image.fromarray(data.astronaut()).save(path)
+    return path
+
+
+def write_video(path: Path, frames: int, size: tuple[int, int]) -> Path:
+    """A silent video, 24 frames a second: a bright disc goes across from left to right."""
+    import av
+
+    width, height = size
+    across, down = numpy.meshgrid(numpy.arange(width), numpy.arange(height))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in range(frames):
+            far = numpy.hypot(across - width * frame / frames, down - height / 2) / (height / 4)
+            picture = numpy.stack([60 + 180 * (far < 1), 80 + across, 120 + down], axis=-1).clip(0, 255)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype("uint8"), format="rgb24")))
+        container.mux(stream.encode())
     return path
