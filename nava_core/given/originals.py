@@ -73,7 +73,7 @@ class Originals:
     # ------------------------------------------------------------ into the clip
 
     def put_frames(self, decoded: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Decoded frames (f, H, W, 3) in 0..1, the first of them the clip's frame ``first``, with kept ones and the kept
+        """Decoded frames (f, H, W, 3) in 0..1, the first being the clip's frame ``first``, with kept ones and kept
         regions of others exact: written into ``decoded``.
 
         What is made fades into a kept region within its first 8 pixels. Raises ValueError for frames of another size
