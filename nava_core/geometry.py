@@ -99,6 +99,12 @@ def split_latents(seconds: float, segment: float) -> list[int]:
     return [total // count + (number < total % count) for number in range(count)]
 
 
+def seconds_covering(seconds: float) -> float:
+    """The nominal seconds of the shortest clip with picture whose frames last ``seconds`` or longer."""
+    frames = math.ceil(round(seconds * FPS, 6))
+    return seconds_of_latents(max(0, -(-(frames - 1) // FRAMES_PER_LATENT)) + 1)
+
+
 def audio_latents_of_frames(frames: int) -> int:
     """Audio latents that cover ``frames`` frames of picture."""
     return -(-frames * AUDIO_LATENTS_PER_SECOND // FPS)

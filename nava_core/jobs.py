@@ -21,12 +21,14 @@ from .geometry import (
     TRAINED_SECONDS,
     ClipGeometry,
     check_scale,
+    seconds_covering,
     seconds_of_latents,
     split_latents,
 )
 from .given.frames import HOLDS
 from .given.masks import SHOWN
 from .given.sound import RESTS
+from .media import read_audio
 from .prompt import BUILT_IN, bind_voices, negative_text, parse_spans
 from .sampling import Guidance, find_preset
 
@@ -123,6 +125,13 @@ class GivenFiles:
             request = self.request() or {"shown": self.shown}
             Given(image=image, **request).check(mode)
 
+    def sound_seconds(self, mode: str) -> float:
+        """Nominal seconds of a clip in which the given sound has room, as far as clips go."""
+        waveform, rate = read_audio(self.sound, self.sound_start + MAX_SECONDS)
+        seconds = min(MAX_SECONDS, self.sound_at + max(0.0, waveform.shape[1] / rate - self.sound_start))
+        seconds = max(MIN_SECONDS, seconds)
+        return seconds if mode == "audio" else max(MIN_SECONDS, min(MAX_SECONDS, seconds_covering(seconds)))
+
     def moved(self, places: Mapping[Path, Path]) -> GivenFiles:
         """The same with its files elsewhere."""
         pictures = tuple((time, places[path]) for time, path in self.pictures)
@@ -134,8 +143,9 @@ class GivenFiles:
 class Job:
     """One clip to make, checked: the numbers are in range, the files there, the voices bound to speech spans.
 
-    ``seconds`` None: as long as the video that is given. ``then``: the prompts of the segments after the first, of a
-    clip that is made in several. Of a job of several ``takes`` each is a job of its own: see :meth:`split`.
+    ``seconds`` None: as long as the video or sound that is given. ``then``: the prompts of the segments after the
+    first, of a clip that is made in several. Of a job of several ``takes`` each is a job of its own: see
+    :meth:`split`.
     """
 
     prompt: str
@@ -305,13 +315,13 @@ def make_job(
     """A checked job; what is None comes from ``defaults``.
 
     ``voices``: one for all spans, or one a span, None where a span gets the learned null voice; with ``bindings``
-    {span: voice}, both counted from 0, in any number; spans are counted through ``prompt`` and ``then``. A clip with a
-    given video is as long as that where ``seconds`` is None. Raises LineError or another ValueError with the sentence
-    to show.
+    {span: voice}, both counted from 0, in any number; spans are counted through ``prompt`` and ``then``. A clip with
+    a given video, or else a given sound, is as long as that where ``seconds`` is None. Raises LineError or another
+    ValueError with the sentence to show.
     """
     mode, size = mode or defaults.mode, size or defaults.size
     given = given or GivenFiles()
-    if seconds is None and given.video is None:
+    if seconds is None and given.video is None and given.sound is None:
         seconds = defaults.seconds
     seconds = None if seconds is None else float(seconds)
     if not all(each.strip() for each in (prompt, *then)):

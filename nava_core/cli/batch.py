@@ -48,8 +48,8 @@ DESCRIPTION = """A clip for every line of FILE, the models being loaded once. A 
   gen_turn                    as --gen-turn
   save_latents                true: as --save-latents
   preset                      as --preset
-  sound_path                  a sound that the clip has as it is, with sound_start, sound_at and sound_rest as the
-                              options of `nava generate`
+  sound_path                  a sound that the clip has as it is, as long as it without seconds; with sound_start,
+                              sound_at and sound_rest as the options of `nava generate`
   video_path                  a video of which the picture is kept and sound is made, as long as it without seconds
   last_image_path, images_at  the last frame; others as {"2.5": "file.png"}, by their seconds
   shown                       "clean" or "matched noise", as --shown of `nava generate`

@@ -162,12 +162,21 @@ def _job(args: argparse.Namespace) -> Any:
     from ..jobs import existing_file
 
     image = None if args.image is None else lambda: existing_file(args.image, "image", Path.cwd())
-    job = prompt_job(args, image=image, given=lambda: given_files(args), then=args.then)
+    job = prompt_job(args, image=image, given=lambda: given_files(args), then=args.then, seconds=lambda: _seconds(args))
     if args.save_latents is not None and job.segments > 1:
         raise UsageError(
             "--save-latents: a clip of several segments has no latents of its own: leave it out, or give --segment 0."
         )
     return job
+
+
+def _seconds(args: argparse.Namespace) -> float | None:
+    """As was said; else as long as the given sound. None leaves it to the job."""
+    if args.seconds is not None or args.sound is None or args.video is not None or args.mode == "video":
+        return args.seconds
+    from ..geometry import MODES
+
+    return given_files(args).sound_seconds(args.mode or MODES[0])
 
 
 def prompt_job(args: argparse.Namespace, **found: Any) -> Any:
@@ -184,8 +193,10 @@ def prompt_job(args: argparse.Namespace, **found: Any) -> Any:
             defaults=defaults,
             voices=[existing_file(voice, "voice", Path.cwd()) for voice in voices],
             bindings=bindings,
-            seconds=args.seconds,
-            **{name: value() if callable(value) else value for name, value in found.items()},
+            **{
+                name: value() if callable(value) else value
+                for name, value in {"seconds": args.seconds, **found}.items()
+            },
         )
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -105,6 +105,8 @@ def given_files(args: argparse.Namespace) -> Any:
         return None if value is None else existing_file(value, what, here)
 
     pictures = [(time, existing_file(name, "image", here)) for time, name in getattr(args, "image_at", ())]
+    if len({time for time, _ in pictures}) < len(pictures):
+        raise ValueError("--image-at: two pictures are to be at the same second; a moment has one.")
     last = found("last_image", "image")
     return GivenFiles(
         found("sound", "sound"),

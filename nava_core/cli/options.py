@@ -352,7 +352,11 @@ def types_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_clip_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("clip")
-    group.add_argument("--seconds", type=positive, help="length; longer than 10 in segments (default: 6)")
+    group.add_argument(
+        "--seconds",
+        type=positive,
+        help="length; longer than 10 in segments (default: 6, or as long as a given sound or video)",
+    )
     group.add_argument(
         "--size",
         type=size,

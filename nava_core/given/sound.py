@@ -15,6 +15,7 @@ from .masks import SHOWN, steps_within
 
 RESTS = ("silence", "generated")
 FALLBACK_RATE = 48_000  # for recordings of a rate that AAC does not have
+LEAST_MADE_RATE = 32_000  # of sound that is made beside a recording
 LEAST_SECONDS = 0.1
 CONTEXT_SECONDS = 0.1  # of the recording around what is given, for the VAE to hear it as it goes on
 LOW_RATE = 22_050  # below it speech sounds dull
@@ -78,11 +79,12 @@ def fit_sound(
     """Lay a recording (C, N) into a clip of ``seconds``: it begins ``start`` s into itself and ``at`` s into the clip.
 
     ``duration`` is how much of it is given at most, in seconds (None or 0: all). What is too long is cut; what the
-    recording does not fill is silence, which is then given, too (``rest`` "silence"), or left to be made ("generated").
-    The samples are the recording's own, at its own rate, unless AAC has no such rate: then they are resampled to 48
-    kHz. More than two channels are mixed to one. ``is_track``: the recording goes through several clips, so that what
-    falls into this one may be silent, or next to nothing. Raises ValueError, in one sentence, for a recording that is
-    empty, silent or not finite, and for times that leave nothing to give.
+    recording does not fill is silence, which is then given, too (``rest`` "silence"), or left to be made
+    ("generated"). The samples are the recording's own, at its own rate, unless AAC has no such rate, or it is below
+    32 kHz and sound is made beside it: then they are resampled to 48 kHz. More than two channels are mixed to one.
+    ``is_track``: the recording goes through several clips, so that what falls into this one may be silent, or next to
+    nothing. Raises ValueError, in one sentence, for a recording that is empty, silent or not finite, and for times
+    that leave nothing to give.
     """
     recording = _checked(waveform, sample_rate, rest)
     for name, value in (("start", start), ("position", at), ("duration", duration or 0.0)):
@@ -106,7 +108,9 @@ def fit_sound(
         recording = recording.mean(dim=0, keepdim=True)
     if sample_rate < LOW_RATE:
         notes.append(f"It has {sample_rate} Hz: there is nothing above {sample_rate / 2000:g} kHz in it.")
-    recording, first, available, rate = _from_start(recording, int(sample_rate), start, seconds, notes)
+    reach = min(length - start, duration or math.inf)
+    is_mixed = rest == "generated" and (at > 0 or reach < seconds)
+    recording, first, available, rate = _from_start(recording, int(sample_rate), start, seconds, is_mixed, notes)
     is_checked = not (is_track and bool(recording.any()))
     return _lay(recording, first, available, rate, seconds, at, duration, rest, notes, is_checked)
 
@@ -125,14 +129,16 @@ def _checked(waveform, sample_rate: int, rest: str) -> torch.Tensor:
 
 
 def _from_start(
-    recording: torch.Tensor, rate: int, start: float, seconds: float, notes: list[str]
+    recording: torch.Tensor, rate: int, start: float, seconds: float, is_mixed: bool, notes: list[str]
 ) -> tuple[torch.Tensor, int, int, int]:
     """(recording, the sample of it that is ``start``, how many there are from it on, its rate): resampled where AAC has
-    no such rate, and then without what a clip of ``seconds`` does not hear."""
-    if rate in AAC_RATES:
+    no such rate, or sound that is made beside it (``is_mixed``) would lose too much at it; then without what a clip of
+    ``seconds`` does not hear."""
+    if rate in AAC_RATES and not (is_mixed and rate < LEAST_MADE_RATE):
         first = round(start * rate)
         return recording, first, recording.shape[1] - first, rate
-    notes.append(f"It was resampled from {rate} Hz, which AAC sound cannot have, to {FALLBACK_RATE} Hz.")
+    why = "which AAC sound cannot have" if rate not in AAC_RATES else "too few for the sound that is made beside it"
+    notes.append(f"It was resampled from {rate} Hz, {why}, to {FALLBACK_RATE} Hz.")
     skipped = max(0, math.floor(start) - 1)  # whole seconds, so that it is a whole number of samples at both rates
     part = recording[:, skipped * rate : (math.ceil(start + seconds) + 2) * rate]
     part = torch.stack([resample(channel, rate, FALLBACK_RATE) for channel in part])

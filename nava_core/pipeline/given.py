@@ -26,6 +26,7 @@ from ..geometry import (
     choose_bucket,
     frames_of_latents,
     latents_of_frames,
+    seconds_covering,
     seconds_of_latents,
 )
 from ..given import CLEAN, SHOWN, frames_touching, is_given, steps_touching
@@ -33,7 +34,7 @@ from ..given.frames import fit_frames, resample_indices
 from ..given.originals import Originals
 from ..given.sound import LEAST_SECONDS, RESTS, GivenSound, fit_sound
 from ..given.stretch import place_pictures
-from ..media import read_audio
+from ..media import as_waveform, read_audio
 from ..sampling.denoise import NOTHING_TO_MAKE
 from ..sampling.schedule import WRONG_DENOISE
 from ..video_files import read_video
@@ -286,13 +287,24 @@ def given_geometry(
     if given.source is not None and video is None:
         return source_geometry(given.source)
     if video is None:
-        seconds = DEFAULT_SECONDS if seconds is None else seconds
+        seconds = _default_seconds(given, mode) if seconds is None else seconds
         return clip_geometry(seconds, width, height, mode, given.image, size_from_image, image_scale)
     if given.source is not None:
         seconds = source_geometry(given.source).seconds
     elif seconds is None:
         seconds = min(MOST_SECONDS, _seconds_of_frames(len(video.frames)))
     return ClipGeometry(seconds, *video_size(size_from_image, width, height, image_scale)(*video.size), mode)
+
+
+def _default_seconds(given: Given, mode: str) -> float:
+    """As long as the given sound, up to what is made in one pass, else 6."""
+    if given.sound is None:
+        return DEFAULT_SECONDS
+    if isinstance(given.sound, GivenSound):
+        return seconds_covering(given.sound.seconds)
+    waveform, rate = given.sound
+    reach = given.sound_at + max(1 / FPS, as_waveform(waveform).shape[1] / rate - given.sound_start)
+    return min(MOST_SECONDS, reach if mode == "audio" else max(1 / FPS, seconds_covering(reach)))
 
 
 def video_size(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,8 +92,6 @@ class ClipLatents:
         A given sound is in it; given frames are not: see ``not_kept``. Raises NonFiniteError for NaN or infinity,
         FileNotFoundError for a folder that is not there.
         """
-        from safetensors.torch import save_file
-
         path, tensors = Path(path), {}
         for name, tensor in zip(CLIP_LATENTS, (self.video, self.audio), strict=True):
             if tensor is not None:
@@ -105,8 +104,9 @@ class ClipLatents:
             tensors[SOUND_TENSOR] = self.originals.waveform.detach().to("cpu", torch.float32).contiguous()
             spans = [list(span) for span in self.originals.kept_sound]
             clip["given_sound"] = {"sample_rate": self.originals.sample_rate, "spans": spans}
+        metadata = {"format": FORMAT, "version": str(VERSION), "clip": json.dumps(clip)}
         with whole_file(path) as temporary:
-            save_file(tensors, str(temporary), {"format": FORMAT, "version": str(VERSION), "clip": json.dumps(clip)})
+            write_tensors(tensors, temporary, metadata)
         return path
 
     @classmethod
@@ -232,3 +232,18 @@ def _read(info: FileInfo, name: str, part: str) -> torch.Tensor:
         tensor = source.read(name.removeprefix(info.prefix)).float()
     check_finite(tensor, f"{SHAPES[part][0]}'s latent in {info.path.name}")
     return tensor
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file. Raises OSError with the system's own number where the disk is full or cannot be
+    written, which safetensors has in its text only."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), str(path), dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

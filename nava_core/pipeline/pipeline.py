@@ -270,15 +270,15 @@ class NavaPipeline(ClipDecoder):
         ``prompt``: one dense paragraph with speech as ``<S>words<E>``; empty for the null the model was trained with.
         ``negative``: what to stay away from; None for the built-in Chinese terms that suit ``mode``, "zero" for the
         null; where the guidance has no use for it, it is not encoded. ``seconds``, ``width``, ``height`` and ``mode``
-        as :class:`ClipGeometry` takes them; ``seconds`` None: 6, or as long as ``frames``, up to 10. ``image``, (H, W,
-        3) in 0..1 or a file, becomes the first frame: scaled to cover the clip and centre-cropped, the clip taking the
-        trained size nearest to its proportions unless ``size_from_image`` is off, at ``image_scale`` 960 or the smaller
-        640 and 512 (the side of a square of as many pixels). ``voices``: recordings (a file, or waveform and sample
-        rate) or (1, 192) embeddings, bound to the spans by order, or as ``assignment`` says, with a voice's number, or
-        None for the null voice, for each span. ``guidance`` None: the makers' scales, which are lower for picture text
-        and timbre where there are both an image and a voice. ``preset`` "distilled" is for few-step checkpoints: four
-        Euler steps on the conditional prediction alone, in place of ``steps``, ``shift``, the solver and the makers'
-        scales.
+        as :class:`ClipGeometry` takes them; ``seconds`` None: 6, or as long as ``frames`` or ``sound``, up to 10.
+        ``image``, (H, W, 3) in 0..1 or a file, becomes the first frame: scaled to cover the clip and centre-cropped,
+        the clip taking the trained size nearest to its proportions unless ``size_from_image`` is off, at
+        ``image_scale`` 960 or the smaller 640 and 512 (the side of a square of as many pixels). ``voices``:
+        recordings (a file, or waveform and sample rate) or (1, 192) embeddings, bound to the spans by order, or as
+        ``assignment`` says, with a voice's number, or None for the null voice, for each span. ``guidance`` None: the
+        makers' scales, which are lower for picture text and timbre where there are both an image and a voice.
+        ``preset`` "distilled" is for few-step checkpoints: four Euler steps on the conditional prediction alone, in
+        place of ``steps``, ``shift``, the solver and the makers' scales.
 
         Given parts, which come out of the clip as they are: ``sound``, a file or (waveform (C, N), rate), from its
         second ``sound_start`` on at the clip's second ``sound_at``; where it ends early the rest is "silence" or

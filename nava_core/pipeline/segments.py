@@ -45,7 +45,7 @@ from ..video_files import LosslessFrames, to_levels, write_picture
 from ..voices import SavedVoice
 from .clip import checked_path
 from .given import READ_SECONDS
-from .latents import ClipLatents
+from .latents import ClipLatents, write_tensors
 from .segment_state import DONE, FRAMES, LAST, LATENTS, SOUND, State, read_json, write_json
 from .stages import Voice, check_speaker_encoder, clip_geometry, read_picture
 
@@ -411,8 +411,6 @@ class _Work:
 
     def _sound(self, segment: Segment, latents: ClipLatents | None) -> None:
         """Decodes a segment's sound, unless all of it is given or the clip has none."""
-        from safetensors.torch import save_file
-
         if self.request.mode == "video":
             return
         if latents is None:
@@ -423,7 +421,7 @@ class _Work:
                 return
             waveform, rate = self.pipeline.sound(latents)
         with whole_file(self.state.path(segment.number, SOUND)) as temporary:
-            save_file({"waveform": waveform.contiguous()}, str(temporary), {"sample_rate": str(rate)})
+            write_tensors({"waveform": waveform.contiguous()}, temporary, {"sample_rate": str(rate)})
 
     def _measure(self, segment: Segment, latents: ClipLatents | None) -> None:
         """Keeps the last frame, and what the segment's frames and the seam before it are like."""

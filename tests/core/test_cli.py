@@ -284,6 +284,7 @@ def test_generate_hands_on_what_is_given(nava, models, tmp_path):
     code, _, err = nava(
         "generate", "a", "--models", models, "--sound", "song.wav", "--sound-start", "12.5", "--sound-at", "1",
         "--sound-rest", "generated", "--last-image", "b.png", "--image-at", "2.5=a.png", "--shown", "matched-noise",
+        "--seconds", "6",
     )  # fmt: skip
     assert code == 0, err
     request = nava.pipeline.requests[0]
@@ -291,6 +292,35 @@ def test_generate_hands_on_what_is_given(nava, models, tmp_path):
     assert (request["sound_rest"], request["shown"]) == ("generated", "matched noise")
     assert request["pictures"] == {2.5: tmp_path / "a.png", "end": tmp_path / "b.png"}
     assert "frames" not in request
+
+
+def test_a_clip_is_as_long_as_its_given_sound_unless_seconds_are_given(nava, models, tmp_path):
+    from nava_core.media import write_wav
+
+    write_wav(tmp_path / "short.wav", 0.1 * torch.ones(1, 26_400), 8_000)  # 3.3 s
+    write_wav(tmp_path / "song.wav", 0.1 * torch.ones(1, 8_000 * 25), 8_000)
+    command = ("generate", "a", "--models", models, "--sound")
+    assert nava(*command, "short.wav")[0] == 0
+    assert nava.pipeline.requests[0]["seconds"] == pytest.approx(20 / 6)  # 81 frames, 3.375 s
+    assert nava(*command, "short.wav", "--audio-only")[0] == 0
+    assert nava.pipeline.requests[0]["seconds"] == 3.3
+    assert nava(*command, "short.wav", "--seconds", "2")[0] == 0
+    assert nava.pipeline.requests[0]["seconds"] == 2
+    assert nava(*command, "song.wav", "--sound-start", "1", "--sound-at", "0.5")[0] == 0
+    (request,) = nava.pipeline.requests
+    assert request["prompts"] == ["a"]  # in segments
+    assert request["seconds"] == pytest.approx(24.5)
+    (tmp_path / "broken.wav").touch()
+    code, _, err = nava(*command, "broken.wav")
+    assert code == 2
+    assert "broken.wav" in err
+
+
+def test_a_moment_has_one_picture(nava, models, tmp_path):
+    (tmp_path / "a.png").touch()
+    pictures = ("--image-at", "1=a.png", "--image-at", "1.0=a.png")
+    code, _, err = nava("generate", "a", "--models", models, *pictures)
+    assert (code, "at the same second" in err) == (2, True)
 
 
 def test_sound_for_a_video_is_as_long_as_it_unless_seconds_are_given(nava, models, tmp_path):

@@ -183,3 +183,14 @@ def test_other_latents_are_refused():
         choose_bucket(0, 5)
     with pytest.raises(ValueError, match="side is 0"):
         cover_crop(0, 5, 16, 16)
+
+
+@pytest.mark.parametrize("frames", range(1, 60))
+def test_the_shortest_clip_that_covers_a_time(frames):
+    from nava_core.geometry import seconds_covering
+
+    for seconds in (frames / 24, (frames - 0.5) / 24):
+        covering = seconds_covering(seconds)
+        clip = ClipGeometry(max(covering, 1 / 24), 64, 64)
+        assert clip.frames >= frames
+        assert clip.frames - 4 < frames

@@ -39,7 +39,7 @@ pytest.importorskip("transformers", reason="the standalone text encoder needs tr
 
 SHORT = {"seconds": 0.5, "width": 64, "height": 64, "size_from_image": False, "steps": 2, "seed": 5}
 FRAMES, LATENTS, STEPS = 13, 4, 14
-RATE = 22050
+RATE = 32_000
 ROLES = ("backbone", "text_encoder", "video_vae", "audio_vae", "speaker_encoder")
 
 

@@ -132,6 +132,25 @@ def test_rates_that_aac_does_not_have_are_resampled(rate, start):
     assert torch.allclose(whole.waveform[0], resample(recording[0], rate, 48_000)[: 5 * 48_000], atol=1e-6)
 
 
+def test_a_low_rate_is_left_only_where_no_sound_is_made_beside_it():
+    voice = noise(1, 16_000)  # 2 s of telephone sound
+    mixed = fit_sound(voice, 8_000, 3.0, rest="generated")
+    assert mixed.sample_rate == 48_000
+    assert mixed.spans == ((0.0, 2.0),)
+    said(
+        mixed,
+        "nothing above 4 kHz",
+        "resampled from 8000 Hz, too few for the sound that is made beside it, to 48000 Hz",
+        "what follows is generated",
+    )
+    torch.testing.assert_close(mixed.waveform[0, :95_000], resample(voice[0], 8_000, 48_000)[:95_000])
+    for whole in (fit_sound(voice, 8_000, 3.0), fit_sound(voice, 8_000, 2.0, rest="generated")):
+        assert whole.sample_rate == 8_000
+        assert torch.equal(whole.waveform[:, :16_000], voice)
+    later = fit_sound(voice, 8_000, 2.0, at=0.5, rest="generated")
+    assert later.sample_rate == 48_000
+
+
 def test_low_rates_and_many_channels_are_said():
     given = fit_sound(noise(1, 8000 * 2), 8000, SECONDS)
     assert given.sample_rate == 8000

@@ -211,3 +211,24 @@ def test_what_of_comfyui_is_no_clip_is_said(latents, tmp_path):
             ClipLatents.load(*paths)
     assert ClipLatents.load(absent, audio).video is None  # as the nodes stand for no picture
     assert ClipLatents.load(video, silent).audio is None
+
+
+def test_a_disk_that_takes_no_more_is_said_by_the_system(tmp_path, monkeypatch):
+    """By its number, by which a batch ends, and in a sentence without a class's name."""
+    import errno
+
+    import safetensors.torch
+
+    from nava_core.explain import explain, is_fatal
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError(
+            f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})"
+        )
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as found:
+        ClipLatents(torch.zeros(1, 48, 2, 2, 2), None, 5 / 24).save(tmp_path / "clip.latents.safetensors")
+    assert is_fatal(found.value)
+    assert explain(found.value).endswith("No space left on device.")
+    assert not list(tmp_path.iterdir())
