@@ -50,7 +50,7 @@ def page(comfy):
 
 @pytest.fixture(scope="module")
 def picture(comfy):
-    """(content type, bytes) of a help page's picture; the canvas looks for it beside the English pages, in any language."""
+    """(content type, bytes) of a help page's picture: the canvas starts from the English pages' folder in any language."""
 
     def get(link: str) -> tuple[str, bytes]:
         address = f"http://127.0.0.1:{comfy.port}/extensions/{PACK_FOLDER}/docs/{link}"
@@ -175,7 +175,9 @@ def test_there_is_no_page_of_a_node_that_is_gone(nodes):
     assert {path.parent.name for path in docs.glob("*/*.md")} == set(nodes)
     assert {path.name for path in docs.glob("*/*.md")} == {f"{each}.md" for each in LANGUAGES if each != "en"}
     pictures = [path for path in docs.rglob("*") if path.is_file() and path.suffix != ".md"]
-    assert sorted(path.relative_to(docs).as_posix() for path in pictures) == sorted(f"{name}/node.png" for name in nodes)
+    assert sorted(path.relative_to(docs).as_posix() for path in pictures) == sorted(
+        f"{name}/node.png" for name in nodes
+    )
     assert sum(path.stat().st_size for path in pictures) < ALL_PICTURES_BYTES
 
 
