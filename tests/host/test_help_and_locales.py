@@ -50,7 +50,7 @@ def page(comfy):
 
 @pytest.fixture(scope="module")
 def picture(comfy):
-    """(content type, bytes) of a help page's picture: the canvas starts from the English pages' folder in any language."""
+    """(content type, bytes) of a help page's picture: the canvas takes links from the English pages' folder, always."""
 
     def get(link: str) -> tuple[str, bytes]:
         address = f"http://127.0.0.1:{comfy.port}/extensions/{PACK_FOLDER}/docs/{link}"
