@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -31,6 +32,7 @@ AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 1200
 AAC_BITS_PER_SECOND = 256_000
 BT709, LIMITED_RANGE = 1, 1  # FFmpeg's numbers for them
 TRANSFERS = {"BT.709": BT709, "sRGB": 13}
+KEPT_OF_NAMES = 40  # characters of a file's name in that of its temporary file
 CHUNK = 8  # frames converted at a time
 # x264's macroblock tree reads past the end of a row unless the width is a multiple of 128: equal frames then gave files
 # that differed from run to run.
@@ -138,12 +140,24 @@ def whole_file(target: Target) -> Iterator[Path]:
     path = Path(target)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Cannot write {path.name}: the folder {path.parent} does not exist.")
-    temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}.part")
+    temporary = path.with_name(f".{path.stem[:KEPT_OF_NAMES]}-{secrets.token_hex(4)}.part")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(target: str | os.PathLike) -> None:
+    """Take away what a killed process left of ``target`` under temporary names. For a file that one process alone
+    writes; long names, which such names have only the beginning of, are left alone."""
+    path = Path(target)
+    if len(path.stem) > KEPT_OF_NAMES:
+        return
+    ours = re.compile(rf"\.{re.escape(path.stem)}-[0-9a-f]{{8}}\.part")
+    for each in path.parent.iterdir():
+        if ours.fullmatch(each.name):
+            each.unlink(missing_ok=True)
 
 
 def _frame_rate(fps: float | Fraction) -> Fraction:

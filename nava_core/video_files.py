@@ -63,18 +63,21 @@ def read_video(
         with av.open(str(path)) as container:
             stream = _picture_stream(container, path)
             fps = stream.average_rate or stream.guessed_rate or Fraction(FPS)
-            frames, times, own = _decoded_frames(container, stream, fps, max_seconds, size)
+            frames, times, own, is_all = _decoded_frames(container, stream, fps, max_seconds, size)
             sound_start = _start(container.streams.audio[0]) if container.streams.audio else None
+            aspect = stream.sample_aspect_ratio
             told, is_hdr = stream.frames, stream.codec_context.color_trc in HDR_TRANSFERS
     except av.FFmpegError as error:
         raise ValueError(f"Cannot read {path.name} as video: {error.strerror or error}.") from error
     if not frames:
         raise ValueError(f"The picture track of {path.name} is empty or broken: no frame of it can be read.")
     notes = []
-    if max_seconds is None and len(frames) < told:
+    if is_all and len(frames) < told:
         notes.append(f"Only {len(frames)} of the {told} frames that {path.name} tells of are in it: it may be cut off.")
     if is_hdr:
         notes.append(f"{path.name} is HDR and was read as it is, so that it looks pale: make an SDR copy of it first.")
+    if aspect and aspect != 1:
+        notes.append(f"{path.name} has pixels that are not square: it was scaled to {own[0]}x{own[1]}, as it is shown.")
     order = _even_order(times, fps)
     if order is not None:
         notes.append(f"The frames of {path.name} come unevenly: they were read at {float(fps):.4g} a second.")
@@ -100,27 +103,32 @@ def _picture_stream(container, path: Path):
 
 
 def _decoded_frames(container, stream, fps: Fraction, max_seconds, size):
-    """(frames (H, W, 3) uint8, their times in seconds, the video's own (width, height))."""
-    frames, times, own = [], [], (0, 0)
+    """(frames (H, W, 3) uint8, their times in seconds, the video's own (width, height), whether these are all)."""
+    frames, times, own, is_all = [], [], (0, 0), True
     for frame in container.decode(stream):
         time = frame.time if frame.time is not None else float(len(frames) / fps)
         if max_seconds is not None and frames and time - times[0] >= max_seconds - 1e-6:
+            is_all = False
             break
-        pixels = _upright(_rgb(frame), frame.rotation)
+        pixels = _upright(_rgb(frame, stream.sample_aspect_ratio), frame.rotation)
         own = (pixels.shape[1], pixels.shape[0])
         if frames and size is None and pixels.shape != frames[0].shape:
             pixels = fit_frames(pixels[None], frames[0].shape[1], frames[0].shape[0])[0]
         frames.append(pixels if size is None else fit_frames(pixels[None], *size)[0])
         times.append(time)
-    return frames, times, own
+    return frames, times, own, is_all
 
 
-def _rgb(frame) -> torch.Tensor:
-    """(H, W, 3) uint8 of a decoded frame, by the matrix and range that it says it has."""
-    from av.video.reformatter import ColorRange, Colorspace
+def _rgb(frame, aspect: Fraction | None = None) -> torch.Tensor:
+    """(H, W, 3) uint8 of a decoded frame, by the matrix and range that it says it has, and as wide as it is to be
+    shown where its pixels, of this ``aspect``, are not square."""
+    from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
+    scaled = {}
+    if aspect and aspect != 1:
+        scaled = {"width": max(1, round(frame.width * aspect)), "interpolation": Interpolation.LANCZOS}
     if frame.format.is_rgb:
-        return torch.from_numpy(frame.to_ndarray(format="rgb24").copy())
+        return torch.from_numpy(frame.reformat(format="rgb24", **scaled).to_ndarray().copy())
     usual = Colorspace.ITU709 if frame.height >= HD_HEIGHT else Colorspace.ITU601
     known = {int(matrix): matrix for matrix in Colorspace}  # of older PyAV without BT.2020
     matrix = known.get(MATRICES.get(int(frame.colorspace)), usual)
@@ -131,6 +139,7 @@ def _rgb(frame) -> torch.Tensor:
         dst_colorspace=matrix,
         src_color_range=ColorRange.JPEG if is_full else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
+        **scaled,
     )
     return torch.from_numpy(rgb.to_ndarray().copy())
 

@@ -160,14 +160,18 @@ def add_long_options(parser: argparse.ArgumentParser) -> None:
 
 def make_long(args: argparse.Namespace, target: Path, progress: Any, make: Any) -> None:
     """Have a long clip made by ``make(state=..., anew=..., callback=...)``, and say how its prompts were used."""
+    from ..pipeline.segment_state import StateError, holds_state
+    from ..pipeline.segments import default_state
+
     state = None if args.state is None else writable_folder(args.state, "--state")
     target.parent.mkdir(parents=True, exist_ok=True)
     progress.begin("Denoising")
     try:
         made = make(state=state, anew=args.overwrite, callback=progress.step)
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
         progress.end()
-        progress.say("The clip is not whole yet. The same command goes on with what is finished of it.")
+        if not isinstance(error, StateError) and holds_state(state or default_state(target)):
+            progress.say("The clip is not whole yet. The same command goes on with what is finished of it.")
         raise
     finally:
         progress.end()

@@ -73,14 +73,16 @@ def fit_sound(
     at: float = 0.0,
     duration: float | None = None,
     rest: str = RESTS[0],
+    is_track: bool = False,
 ) -> GivenSound:
     """Lay a recording (C, N) into a clip of ``seconds``: it begins ``start`` s into itself and ``at`` s into the clip.
 
     ``duration`` is how much of it is given at most, in seconds (None or 0: all). What is too long is cut; what the
     recording does not fill is silence, which is then given, too (``rest`` "silence"), or left to be made ("generated").
     The samples are the recording's own, at its own rate, unless AAC has no such rate: then they are resampled to 48
-    kHz. More than two channels are mixed to one. Raises ValueError, in one sentence, for a recording that is empty,
-    silent or not finite, and for times that leave nothing to give.
+    kHz. More than two channels are mixed to one. ``is_track``: the recording goes through several clips, so that what
+    falls into this one may be silent, or next to nothing. Raises ValueError, in one sentence, for a recording that is
+    empty, silent or not finite, and for times that leave nothing to give.
     """
     recording = _checked(waveform, sample_rate, rest)
     for name, value in (("start", start), ("position", at), ("duration", duration or 0.0)):
@@ -105,7 +107,8 @@ def fit_sound(
     if sample_rate < LOW_RATE:
         notes.append(f"It has {sample_rate} Hz: there is nothing above {sample_rate / 2000:g} kHz in it.")
     recording, first, available, rate = _from_start(recording, int(sample_rate), start, seconds, notes)
-    return _lay(recording, first, available, rate, seconds, at, duration, rest, notes)
+    is_checked = not (is_track and bool(recording.any()))
+    return _lay(recording, first, available, rate, seconds, at, duration, rest, notes, is_checked)
 
 
 def _checked(waveform, sample_rate: int, rest: str) -> torch.Tensor:
@@ -147,17 +150,18 @@ def _lay(
     duration: float | None,
     rest: str,
     notes: list[str],
+    is_checked: bool,
 ) -> GivenSound:
     total, begin = round(seconds * rate), round(at * rate)
     wanted = min(available, round(duration * rate)) if duration else available
     taken = min(wanted, total - begin, recording.shape[1] - first)
-    if taken < min(LEAST_SECONDS * rate, total):
+    if taken < (min(LEAST_SECONDS * rate, total) if is_checked else 1):
         raise ValueError(
             f"Only {max(taken, 0) / rate:.3f} s of the given sound fall into the clip, at least {LEAST_SECONDS} s are "
             "needed: choose an earlier start or position, or a longer duration."
         )
     part = recording[:, first : first + taken]
-    if not bool(part.any()):
+    if is_checked and not bool(part.any()):
         raise ValueError(
             "What is given of the sound is digital silence, every sample is 0: choose another start or recording."
         )

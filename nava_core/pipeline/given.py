@@ -31,7 +31,7 @@ from ..geometry import (
 from ..given import CLEAN, SHOWN, frames_touching, is_given, steps_touching
 from ..given.frames import fit_frames, resample_indices
 from ..given.originals import Originals
-from ..given.sound import RESTS, GivenSound, fit_sound
+from ..given.sound import LEAST_SECONDS, RESTS, GivenSound, fit_sound
 from ..given.stretch import place_pictures
 from ..media import read_audio
 from ..sampling.denoise import NOTHING_TO_MAKE
@@ -265,6 +265,9 @@ def read_frames(
     if sound is not None and not bool(video.waveform.any()):
         sound = None
         notes.append(f"The sound track of {name} is silent: it counts as none.")
+    if sound is not None and sound[0].shape[1] < sound[1] * min(LEAST_SECONDS, video.seconds):
+        sound = None
+        notes.append(f"The sound track of {name} is shorter than {LEAST_SECONDS:g} s: it counts as none.")
     return VideoFrames(taken, video.size, sound, tuple(notes))
 
 

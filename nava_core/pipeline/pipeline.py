@@ -386,7 +386,8 @@ class NavaPipeline(ClipDecoder):
         parts, stop = self.components, should_stop or _never
         parts.clock.restart()
         size = video_size(size_from_image, width, height, image_scale)
-        video = read_frames(frames, MOST_SECONDS if seconds is None else seconds + 1, size)
+        most = MOST_SECONDS if seconds is None else seconds
+        video = read_frames(frames, most + 1, size)  # a clip of so many seconds has a frame more
         mode = MODES[2] if video.sound is None else MODES[0]
         geometry = given_geometry(Given(), video, seconds, width, height, mode, size_from_image, image_scale)
         ready = ready_source(video, geometry)
@@ -429,6 +430,11 @@ class NavaPipeline(ClipDecoder):
         given = {name: request.pop(name) for name in sizes if name in request}
         first = beginning(self, source, should_stop=request.get("should_stop"), **given)
         request["mode"] = MODES[2] if first.sound is None else MODES[0]
+        if first.sound is None and request.get("sound") is not None:
+            raise ValueError(
+                "The clip that is to go on has no sound, so the longer one has none either: leave the given sound out, "
+                "or have sound made for the clip first."
+            )
         return make_long(self, path, prompts, seconds=seconds, first=first, **request)
 
     def retake(self, source: Source, prompt: str, span: Retake, **request) -> ClipLatents:

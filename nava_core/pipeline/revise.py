@@ -54,8 +54,18 @@ def retake(
     found = open_source(pipeline, source, should_stop=should_stop, **size)
     if found.originals is None or found.originals.frames is None:
         found = replace(found, originals=_decoded(pipeline, found, should_stop))
+    notes = _same_noise(found, prompt, request.get("seed", 0))
+    for note in notes:
+        pipeline.components.say(note)
     made = pipeline.denoise(prompt, source=found, retake=span, should_stop=should_stop, **request)
-    return replace(made, warnings=(*found.warnings, *made.warnings))
+    return replace(made, warnings=(*found.warnings, *notes, *made.warnings))
+
+
+def _same_noise(source: ClipLatents, prompt: str, seed: int) -> tuple[str, ...]:
+    """A sentence where a clip was made of the same prompt and noise."""
+    if (source.settings.get("prompt"), source.settings.get("seed")) != (prompt, seed):
+        return ()
+    return (f"The clip was made of this prompt with the seed {seed}, too, and may come out much the same: change one.",)
 
 
 def _decoded(pipeline: NavaPipeline, source: ClipLatents, should_stop: Callable[[], bool] | None) -> Originals | None:
@@ -135,11 +145,15 @@ def _of_video(pipeline: NavaPipeline, path: Path, video: VideoFrames) -> Beginni
         notes.append(f"Of {path.name} no more than its first {MOST_SECONDS:g} s are used.")
     if video.sound is None:
         notes.append(f"{path.name} has no sound, so that the clip that it becomes has none either.")
+    waveform, rate = video.sound or (None, 0)
+    if waveform is not None and waveform.shape[0] > 2:  # as of a sound that is given
+        notes.append(f"The {waveform.shape[0]} channels of its sound were mixed to one.")
+        waveform = waveform.mean(dim=0, keepdim=True)
     for note in notes:
         pipeline.components.say(note)
 
     def stream() -> Iterator[torch.Tensor]:
         yield from video.frames.split(AT_ONCE)
 
-    sound = None if video.sound is None else lambda: video.sound
+    sound = None if waveform is None else lambda: (waveform, rate)
     return Beginning(len(video.frames), width, height, stream, sound, [path, width, height], tuple(notes))

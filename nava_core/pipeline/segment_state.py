@@ -22,6 +22,11 @@ class StateError(ValueError):
     """A folder holds the state of another clip, or of none; the message is the sentence to show."""
 
 
+def holds_state(folder: str | os.PathLike) -> bool:
+    """Whether there is anything of a clip under way in a folder."""
+    return Path(folder).is_dir() and any(Path(folder).iterdir())
+
+
 class State:
     """The folder of a clip under way. What is in it is whole: files appear under their names when they are."""
 
@@ -38,11 +43,12 @@ class State:
         path = self.folder / PLAN
         if path.is_file():
             if _key_of(path) == key:
+                self._clear_leftovers()
                 return True
             if not anew:
                 raise StateError(
                     f"{self.folder} holds the state of another clip, or of this one with other settings: give another "
-                    "folder, or have it begun anew."
+                    "folder, or have it begun anew (--overwrite, or anew=True)."
                 )
             say(f"{self.folder} holds the state of another clip, which goes: this one is begun anew.")
             self.clear()
@@ -51,6 +57,11 @@ class State:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"version": VERSION, "key": key, **plan})
         return False
+
+    def _clear_leftovers(self) -> None:
+        """What a killed process left under temporary names."""
+        for path in self.folder.glob(".*.part"):
+            path.unlink(missing_ok=True)
 
     def path(self, number: int, what: str) -> Path:
         return self.folder / f"{number:03d}.{what}"

@@ -37,7 +37,7 @@ from ..given import (
     join_sound,
     seam,
 )
-from ..media import fit_length, mux, read_audio, read_image, whole_file
+from ..media import clear_leftovers, fit_length, mux, read_audio, read_image, whole_file
 from ..prompt import bind_voices, parse_spans
 from ..sampling import Guidance, Interrupted
 from ..timbre.resample import resample
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .pipeline import NavaPipeline
 
 SEGMENT_SECONDS = TRAINED_SECONDS
+MADE_RATE = 48_000  # Hz of sound that is made
 MEASURED_EVERY = 24  # frames of the first segment, for what is held in the others
 
 
@@ -161,7 +162,7 @@ def plan_segments(
     for index, latents in enumerate(parts):
         which = min(index, len(request.prompts) - 1)
         frames = frames_of_latents(latents + 1)
-        seed = (request.seed + index) % 2**64
+        seed = (request.seed + len(found)) % 2**64  # other noise than that of the clip that it goes on from
         found.append(Segment(len(found), begin, frames, request.prompts[which], seed, bindings[which]))
         begin += frames - 1
     return found
@@ -245,7 +246,17 @@ def _soundtrack(
     waveform, rate = sound if isinstance(sound, tuple) else read_audio(sound, max(start, 0) + READ_SECONDS)
     offset = segments[1].begin / FPS if segments[0].is_source else 0.0
     seconds = segments[-1].span[1]
+    notes: tuple[str, ...] = ()
+    if segments[0].is_source and rate < MADE_RATE:  # the whole is written at the recording's rate
+        notes = (f"It was resampled from {rate} to {MADE_RATE} Hz, so that the sound before it loses nothing.",)
+        waveform, rate = torch.stack([resample(channel, rate, MADE_RATE) for channel in waveform]), MADE_RATE
     given = fit_sound(waveform, rate, seconds, start=start, at=offset + at, rest=rest)
+    if segments[0].is_source:
+        notes = (*notes, *(note for note in given.notes if not note.startswith("It begins")))
+        if at:
+            between = "silence" if rest == RESTS[0] else "generated"
+            notes = (*notes, f"It begins {at:.2f} s after the clip that goes on; what comes in between is {between}.")
+        given = replace(given, notes=notes)
     spans = tuple((max(begin, offset), end) for begin, end in given.spans if end > offset)
     return replace(given, spans=spans)
 
@@ -445,6 +456,7 @@ class _Work:
         waveform, rate = self._whole_sound()
         total = self.segments[-1].begin + self.segments[-1].frames
         self.say(f"Putting {len(self.segments)} segments together: {total} frames, {total / FPS:.2f} s.")
+        clear_leftovers(path)  # of a run that was killed here
         mux(path, self._whole_picture(), waveform, rate, FPS, total=total, callback=lambda *_: self._check_stop())
 
     def _whole_picture(self) -> Iterator[torch.Tensor]:

@@ -43,8 +43,8 @@ Report = str
 def give_sound(latent: dict, audio: Mapping | None, audio_vae, shown: str, **part) -> tuple[dict, dict, Report]:
     """(LATENT with the recording as its sound, AUDIO as it is in the clip and as long, sentences).
 
-    ``part``: start, at, duration and rest, as :func:`fit_sound` takes them; all clips of a batch get the same. Raises
-    ValueError for a LATENT or an AUDIO without sound, several recordings, and as fit_sound does.
+    ``part``: start, at, duration, rest, is_track, as :func:`fit_sound` takes them; all clips of a batch get the same.
+    Raises ValueError for a LATENT or an AUDIO without sound, several recordings, and as fit_sound does.
     """
     steps = audio_part(latent).shape[2]
     sound = fit_sound(*recording(audio, "given sound"), clip_length(latent), **part)

@@ -104,7 +104,7 @@ def _with_soundtrack(latent: dict, soundtrack: Mapping, audio_vae, start: float,
             f"The soundtrack ends at {waveform.shape[1] / rate:.2f} s, before this segment begins at {start:.2f} s: "
             "leave it out, or set rest to generated."
         )
-    result, _, said = give_sound(latent, soundtrack, audio_vae, "clean", start=start, rest=rest)
+    result, _, said = give_sound(latent, soundtrack, audio_vae, "clean", start=start, rest=rest, is_track=True)
     return result, said
 
 
@@ -164,7 +164,7 @@ def _joined_sound(audio, next_audio, frames: int, next_frames: int) -> tuple[tor
 def _put_soundtrack(soundtrack, start: float, seconds: float, made) -> tuple[tuple[torch.Tensor, int], list[str]]:
     """The joined clip's sound with a soundtrack in it sample for sample, and sentences."""
     rest = "silence" if made is None else "generated"
-    given = fit_sound(*recording(soundtrack, "soundtrack"), seconds, start=start, rest=rest)
+    given = fit_sound(*recording(soundtrack, "soundtrack"), seconds, start=start, rest=rest, is_track=True)
     if made is None or given.is_whole:
         return (given.waveform, given.sample_rate), list(given.notes)
     return Originals.of_sound(given).put_sound(*made), list(given.notes)

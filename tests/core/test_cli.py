@@ -1,5 +1,6 @@
 """The command line: options, exit codes, one-sentence errors, and every command once with small models."""
 
+import argparse
 import importlib.util
 import io
 import json
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from nava_core.checkpoint import WrongFileError
 from nava_core.cli import main
+from nava_core.cli.given import make_long
 from nava_core.cli.progress import Progress, format_duration
 from nava_core.decoding import Decoding
 from nava_core.demo import make_small_models
@@ -326,6 +328,22 @@ def test_a_long_clip_goes_on_after_an_interruption(nava, models, tmp_path):
     assert nava(*command)[0] == 0
     assert nava.pipeline.made == []
     assert (tmp_path / "x" / "long.mp4").read_text() == "a | b"
+
+
+def test_what_is_wrong_with_a_long_clip_is_no_interruption(tmp_path, capsys):
+    args = argparse.Namespace(state=None, overwrite=False)
+
+    def refuse(**_):
+        raise ValueError("There is no sound in it.")
+
+    with pytest.raises(ValueError, match="no sound"):
+        make_long(args, tmp_path / "x" / "long.mp4", Progress(), refuse)
+    assert "goes on with" not in capsys.readouterr().err
+    (tmp_path / "x" / ".long.segments").mkdir()
+    (tmp_path / "x" / ".long.segments" / "plan.json").write_text("{}")
+    with pytest.raises(ValueError, match="no sound"):
+        make_long(args, tmp_path / "x" / "long.mp4", Progress(), refuse)
+    assert "goes on with" in capsys.readouterr().err
 
 
 def test_finished_clips_are_extended_retaken_and_refined(nava, models, tmp_path):

@@ -2,6 +2,7 @@
 
 import socket
 import wave
+from fractions import Fraction
 
 import pytest
 import torch
@@ -19,9 +20,19 @@ from nava_core.demo import make_small_models
 from nava_core.geometry import ClipGeometry, audio_latent_to_tokens, audio_tokens_to_latent
 from nava_core.given import CLEAN, NOISED, fit_sound
 from nava_core.media import mux, read_audio
-from nava_core.pipeline import ClipLatents, Components, ModelFiles, NavaPipeline, Retake, clip_noise, decode, stages
+from nava_core.pipeline import (
+    ClipLatents,
+    Components,
+    ModelFiles,
+    NavaPipeline,
+    Retake,
+    clip_noise,
+    decode,
+    given,
+    stages,
+)
 from nava_core.sampling import Guidance, Interrupted, denoise, flow_sigmas
-from nava_core.video_files import read_video
+from nava_core.video_files import VideoFile, read_video
 
 pytest.importorskip("diffusers", reason="the standalone VAEs need diffusers")
 pytest.importorskip("transformers", reason="the standalone text encoder needs transformers")
@@ -256,6 +267,14 @@ def test_a_retake_keeps_all_frames_and_samples_outside_of_its_span(pipeline, sou
     assert made.settings["retake"]["start"] == 0.2
 
 
+def test_a_retake_of_the_same_prompt_and_seed_is_said(pipeline, source):
+    settings, span = source.settings, Retake(0.0, 0.2, "sound")
+    same = pipeline.retake(source, settings["prompt"], span, seed=settings["seed"], steps=1)
+    other = pipeline.retake(source, settings["prompt"], span, seed=settings["seed"] + 1, steps=1)
+    assert "may come out much the same" in " ".join(same.warnings)
+    assert "much the same" not in " ".join(other.warnings)
+
+
 def test_a_retake_of_a_part_or_a_region_leaves_the_rest(pipeline, source, seen):
     pipeline.denoise("A drum.", source=source, retake=Retake(0.2, 0.3, "sound"), steps=2)
     assert seen[-1]["video_mask"].amax() == 0
@@ -305,6 +324,24 @@ def test_a_video_file_is_a_source_too_and_keeps_its_own_sound(pipeline, video, s
     assert torch.equal((clip.frames[9:] * 255).round().to(torch.uint8), read_video(video).frames[9:])
     pipeline.denoise("A drum.", frames=video, denoise=0.5, **{**SHORT, "seconds": None})
     assert seen[-1]["audio_mask"].amax() == 0
+
+
+def test_a_video_of_ten_seconds_keeps_its_last_frame_too(pipeline, tmp_path):
+    frames = torch.linspace(0, 1, 241)[:, None, None, None].expand(-1, 32, 32, 3)
+    mux(tmp_path / "ten.mp4", frames)
+    source = pipeline.encode(tmp_path / "ten.mp4", width=32, height=32, size_from_image=False)
+    assert source.video.shape[2] == 61
+    assert source.warnings == ()
+
+
+def test_a_video_with_next_to_no_sound_is_a_silent_one(pipeline, monkeypatch):
+    frames = (moving(9) * 255).to(torch.uint8)
+    for samples, has_sound in ((4000, False), (5000, True)):
+        file = VideoFile(frames, Fraction(24), torch.ones(1, samples), 48000, (64, 64))
+        monkeypatch.setattr(given, "read_video", lambda *_, file=file: file)
+        found = given.read_frames("a.mp4", 10)
+        assert (found.sound is not None) == has_sound
+        assert ("The sound track of a.mp4 is shorter than 0.1 s: it counts as none." in found.notes) != has_sound
 
 
 # --- memory, progress, interruption ------------------------------------------------------------------------------

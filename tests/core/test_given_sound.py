@@ -236,3 +236,15 @@ def test_joins_of_mono_and_stereo_and_without_overlap():
             join_sound(mono, stereo, 48_000, overlap)
     with pytest.raises(ValueError, match="of 2 and of 6 channels cannot be joined"):
         join_sound(stereo, noise(6, 5000), 48_000, 100)
+
+
+def test_a_track_through_several_clips_may_be_silent_in_one_of_them():
+    track = torch.cat([noise(1, 48_000), torch.zeros(1, 48_000), noise(1, 1000)], dim=1)
+    silent = fit_sound(track, 48_000, 0.5, start=1.2, is_track=True)
+    assert silent.is_whole
+    assert not silent.waveform.any()
+    rest = fit_sound(track, 48_000, 0.5, start=2.0, rest="generated", is_track=True)
+    assert torch.equal(rest.waveform[:, :1000], track[:, 96_000:])
+    assert rest.spans == ((0.0, 1000 / 48_000),)
+    with pytest.raises(ValueError, match="digital silence"):
+        fit_sound(torch.zeros(1, 48_000), 48_000, 0.5, is_track=True)

@@ -12,7 +12,8 @@ from nava_core.demo import make_small_models
 from nava_core.geometry import split_latents
 from nava_core.given import hold_statistics
 from nava_core.media import mux, read_audio, read_image
-from nava_core.pipeline import ModelFiles, NavaPipeline, StateError, segments
+from nava_core.pipeline import ModelFiles, NavaPipeline, StateError, revise, segments
+from nava_core.pipeline.given import VideoFrames
 from nava_core.pipeline.segment_state import State
 from nava_core.pipeline.segments import split_voices
 from nava_core.sampling import Guidance, Interrupted
@@ -326,7 +327,7 @@ def test_a_clip_is_extended_from_its_latents_without_a_loss(pipeline, tmp_path):
         height=64,
         size_from_image=False,
         steps=1,
-        seed=7,
+        seed=8,
     )
     assert torch.equal(goes_on.video, segments.ClipLatents.load(tmp_path / "state" / "001.latents.safetensors").video)
     blind = segments.ClipLatents(None, source.audio, source.audio.shape[2] / 25)
@@ -351,6 +352,51 @@ def test_a_video_file_is_extended_with_its_own_sound_or_without_any(pipeline, so
     assert "silent.mp4 has no sound" in " ".join(made.warnings)
     with pytest.raises(ValueError, match="no sound in"):
         read_audio(tmp_path / "c.mp4")
+
+
+def test_a_video_with_sound_of_six_channels_is_extended(pipeline, tmp_path, monkeypatch):
+    loud = torch.rand(6, 4800, generator=torch.Generator().manual_seed(1))
+    frames = VideoFrames(torch.rand(3, 64, 64, 3), (64, 64), (loud, 48000))
+    monkeypatch.setattr(revise, "read_frames", lambda *_: frames)
+    (tmp_path / "a.mp4").write_bytes(b"a")
+    size = {"width": 64, "height": 64, "size_from_image": False, "steps": 1}
+    heard = {}
+    monkeypatch.setattr(segments, "mux", lambda path, frames, waveform, *a, **k: heard.update(w=waveform))
+    made = pipeline.extend(tmp_path / "b.mp4", tmp_path / "a.mp4", ["A drum."], seconds=0.2, **size)
+    assert torch.allclose(heard["w"][:, :3000], loud.mean(dim=0)[:3000].expand(2, -1), atol=1e-6)
+    assert "The 6 channels of its sound were mixed to one." in made.warnings
+
+
+def test_a_recording_of_low_rate_leaves_the_sound_before_it_as_it_is(pipeline, tmp_path, monkeypatch):
+    source = pipeline.denoise("A bell.", **{k: v for k, v in LONG.items() if k != "segment"} | {"seconds": 0.5})
+    own, rate = pipeline.sound(source)
+    heard = {}
+    monkeypatch.setattr(segments, "mux", lambda path, frames, waveform, rate, *a, **k: heard.update(w=waveform, r=rate))
+    speech = torch.sin(torch.arange(8000) / 9)[None] / 2, 8000
+    made = pipeline.extend(tmp_path / "b.mp4", source, ["A drum."], seconds=0.5, sound=speech, steps=1)
+    assert heard["r"] == rate == 48000
+    seam = round(12 / 24 * rate)
+    assert torch.equal(heard["w"][:, : seam - 1000], own[:, : seam - 1000])
+    assert made.warnings[0] == (
+        "The given sound: it was resampled from 8000 to 48000 Hz, so that the sound before it loses nothing."
+    )
+    assert "silence" not in " ".join(made.warnings)  # before it there is the clip's own sound
+
+
+def test_sound_for_what_goes_on_from_a_silent_clip_is_refused(pipeline, tmp_path):
+    silent = segments.ClipLatents(torch.zeros(1, 48, 2, 4, 4), None, 5 / 24)
+    with pytest.raises(ValueError, match="has no sound, so the longer one has none either"):
+        pipeline.extend(tmp_path / "b.mp4", silent, ["A drum."], seconds=0.5, sound=(torch.ones(1, 9000), 9000))
+
+
+def test_what_a_killed_process_left_half_written_goes(pipeline, whole, tmp_path):
+    _, path, state = whole
+    left = [path.parent / ".clip-0123abcd.part", state / ".000-0123abcd.part"]
+    others = [path.parent / ".clip-2-0123abcd.part", path.parent / ".clip.part"]
+    for each in (*left, *others):
+        each.write_bytes(b"half")
+    pipeline.make_long(path, PROMPTS, state=state, **LONG)
+    assert [each.exists() for each in (*left, *others)] == [False, False, True, True]
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------

@@ -136,6 +136,20 @@ def test_a_turned_video_is_read_upright(tmp_path, matrix, turns):
     assert (video.frames[1].float() / 255 - expected).abs().mean() < 0.05
 
 
+def test_pixels_that_are_not_square_are_made_so(tmp_path):
+    with av.open(str(tmp_path / "wide.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        frame = av.VideoFrame.from_ndarray(to_levels(corners()).numpy(), format="rgb24").reformat(format="yuv420p")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    video = read_video(tmp_path / "wide.mp4")
+    assert video.size == (85, 48)
+    assert (video.frames[0].float() / 255 - corners(width=85)).abs().mean() < 0.05
+    assert "pixels that are not square: it was scaled to 85x48" in video.notes[0]
+
+
 def test_uneven_frames_are_read_at_an_even_rate(tmp_path):
     """Frame 2 stands still for three frames' time."""
     times = [0, 1, 2, 5, 6, 7, 8, 9]
@@ -201,6 +215,8 @@ def test_what_is_no_video_is_refused_in_a_sentence(tmp_path):
     assert short.notes == (
         f"Only {len(short.frames)} of the 24 frames that short.mp4 tells of are in it: it may be cut off.",
     )
+    assert read_video(tmp_path / "short.mp4", 10).notes == short.notes
+    assert read_video(tmp_path / "short.mp4", 1 / 24).notes == ()  # more of it was not asked for
     with pytest.raises(FileNotFoundError, match="no file"):
         read_video(tmp_path / "none.mp4")
 

@@ -545,6 +545,15 @@ def test_a_soundtrack_that_ends_within_the_clip(models):
     assert "what follows is silence" in report
 
 
+def test_a_soundtrack_with_a_pause_as_long_as_a_segment(models):
+    track = humming(4.0)
+    track["waveform"][..., RATE:] = 0
+    begun, _, _ = continued(models, moving(49), soundtrack=track, audio_vae=models.audio_vae)
+    assert given_steps(begun) == list(range(52))
+    _, heard, _ = nodes.NavaJoin.execute(moving(9), moving(9), soundtrack=track, soundtrack_start=2.0).args
+    assert not heard["waveform"].any()
+
+
 def test_held_colours_go_back_to_the_first_frame(models):
     frames = moving(9)
     frames = torch.cat([frames[:8], (frames[8:] * 0.5 + 0.3)])
