@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension
 from .assist import ASSIST_NODES
 from .decode import DECODE_NODES
 from .given import GIVEN_NODES
+from .host.prompt_route import add_prompt_route
 from .latents import LATENT_NODES
 from .loaders import LOADER_NODES
 from .prompt import PROMPT_NODES
@@ -16,6 +17,9 @@ from .timbre import TIMBRE_NODES
 
 class NavaExtension(ComfyExtension):
     """What ComfyUI asks for the nodes."""
+
+    async def on_load(self):
+        add_prompt_route()
 
     async def get_node_list(self):
         return [

@@ -1,15 +1,27 @@
 """Prompt nodes: speech spans, the structured prompt, and its encoding with voices bound to spans."""
 
+import json
 import logging
 
 from comfy_api.latest import io
 
-from ..nava_core.prompt import SpanSpec, StructuredPrompt, with_default_negative
+from ..nava_core.prompt import (
+    NONE,
+    PRESETS,
+    PromptCheck,
+    SpanSpec,
+    StructuredPrompt,
+    check_prompt,
+    span_voices,
+    with_default_negative,
+)
+from .host.canvas import show_text
 from .host.conditioning import encode_prompt
 from .types import Span, Spans, Timbre, category
 
 MAX_SPANS = 16
 NO_TERMS = "none"
+CHECK = "nava_prompt_check"  # what the canvas extension reads after a run
 NEGATIVE_TERMS = {  # kind and language of the core's default negatives
     NO_TERMS: None,
     "picture and sound, English": ("video", "en"),
@@ -21,6 +33,15 @@ NEGATIVE_TERMS = {  # kind and language of the core's default negatives
 
 def text_input(name: str, tooltip: str, *, lines: bool = False, placeholder: str = "") -> io.String.Input:
     return io.String.Input(name, default="", multiline=lines, placeholder=placeholder, tooltip=tooltip)
+
+
+def for_the_canvas(check: PromptCheck, text=None) -> dict:
+    """A node's ``ui``: the check for the canvas extension, beside the text that the host shows."""
+    return {**(text.as_dict() if text else {}), CHECK: [json.dumps(check.as_dict())]}
+
+
+def preset_input(name: str, kind: str, tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input(name, options=[NONE, *PRESETS[kind]], default=NONE, optional=True, tooltip=tooltip)
 
 
 class NavaSpeechSpan(io.ComfyNode):
@@ -40,13 +61,29 @@ class NavaSpeechSpan(io.ComfyNode):
                 text_input("pace", "How fast it is said.", placeholder="slowly, with pauses"),
                 text_input("position", "Where it is heard from.", placeholder="close, from the left"),
                 Timbre.Input("timbre", optional=True, tooltip="A reference voice from NAVA Encode Timbre."),
+                preset_input("emotion_preset", "emotion", "A ready mood, in the prompt's language; before emotion."),
+                preset_input("pace_preset", "pace", "A ready pace, in the prompt's language; before pace."),
+                preset_input("place_preset", "place", "A ready place in the sound field; before position."),
             ],
             outputs=[Span.Output(display_name="span")],
         )
 
     @classmethod
-    def execute(cls, words, speaker, voice, emotion, pace, position, timbre=None) -> io.NodeOutput:
-        return io.NodeOutput(SpanSpec(words, speaker, voice, emotion, pace, position, timbre))
+    def execute(
+        cls,
+        words,
+        speaker,
+        voice,
+        emotion,
+        pace,
+        position,
+        timbre=None,
+        emotion_preset=NONE,
+        pace_preset=NONE,
+        place_preset=NONE,
+    ) -> io.NodeOutput:
+        presets = (emotion_preset, pace_preset, place_preset)
+        return io.NodeOutput(SpanSpec(words, speaker, voice, emotion, pace, position, timbre, *presets))
 
 
 class NavaStructuredPrompt(io.ComfyNode):
@@ -74,6 +111,9 @@ class NavaStructuredPrompt(io.ComfyNode):
                     optional=True,
                     tooltip="Say that nobody speaks; without it the model may let someone.",
                 ),
+                preset_input("shot", "shot", "A ready framing, in the prompt's language; before camera."),
+                preset_input("movement", "movement", "A ready movement of the camera; before camera."),
+                preset_input("sound_field", "sound_field", "A ready room or width of the sound; before audio."),
                 io.Autogrow.Input(
                     "spans",
                     template=io.Autogrow.TemplatePrefix(
@@ -86,13 +126,30 @@ class NavaStructuredPrompt(io.ComfyNode):
                 io.String.Output(display_name="prompt"),
                 Spans.Output(display_name="spans", tooltip="The spans with their voices, for NAVA Encode Prompt."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, visual, dynamics, camera, audio, language, no_speech=False, spans=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        visual,
+        dynamics,
+        camera,
+        audio,
+        language,
+        no_speech=False,
+        shot=NONE,
+        movement=NONE,
+        sound_field=NONE,
+        spans=None,
+    ) -> io.NodeOutput:
         ordered = [span for span in (spans or {}).values() if span is not None]
-        prompt = StructuredPrompt(visual, dynamics, camera, audio, ordered, language, no_speech)
-        return io.NodeOutput(prompt.render(), ordered)
+        presets = (shot, movement, sound_field)
+        prompt = StructuredPrompt(visual, dynamics, camera, audio, ordered, language, no_speech, *presets).render()
+        voices, assignment = span_voices(ordered)
+        check = check_prompt(prompt, voices=len(voices), assignment=assignment)
+        text = show_text(cls.hidden.unique_id, prompt)
+        return io.NodeOutput(prompt, ordered, ui=for_the_canvas(check, text))
 
 
 class NavaEncodePrompt(io.ComfyNode):
@@ -121,6 +178,16 @@ class NavaEncodePrompt(io.ComfyNode):
                     tooltip="For a negative: adds this pack's terms for common faults to your text. Clips with a "
                     "picture take picture and sound, Chinese; audio-only clips sound, Chinese.",
                 ),
+                io.Float.Input(
+                    "seconds",
+                    default=0.0,
+                    min=0.0,
+                    max=60.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip="Length of the clip, as in NAVA Empty Latent: says whether the speech fits. 0: not said, "
+                    "the usual 6 s are assumed. It changes only the report.",
+                ),
                 Spans.Input(
                     "spans",
                     optional=True,
@@ -139,20 +206,23 @@ class NavaEncodePrompt(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(),
-                io.String.Output(display_name="report", tooltip="Tokens used, spans and voices, and what was cut."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Tokens used, spans and voices, what was cut, how long the speech is.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, clip, prompt, negative_terms=NO_TERMS, spans=None, voices=None) -> io.NodeOutput:
+    def execute(cls, clip, prompt, negative_terms=NO_TERMS, seconds=0.0, spans=None, voices=None) -> io.NodeOutput:
         terms = NEGATIVE_TERMS[negative_terms]
         if terms:
             prompt = with_default_negative(prompt, *terms)
         given = [voice for voice in (voices or {}).values() if voice is not None]
-        conditioning, report, warnings = encode_prompt(clip, prompt, given, spans)
+        conditioning, report, warnings, check = encode_prompt(clip, prompt, given, spans, seconds)
         for warning in warnings:
             logging.warning("NAVA prompt: %s", warning)
-        return io.NodeOutput(conditioning, report)
+        return io.NodeOutput(conditioning, report, ui=for_the_canvas(check))
 
 
 PROMPT_NODES = [NavaSpeechSpan, NavaStructuredPrompt, NavaEncodePrompt]

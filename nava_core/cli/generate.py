@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     kept = latents_target(args, target)
     files = model_files(args)
     progress = Progress()
-    for note in ignored_options(args):
+    for note in [*ignored_options(args), *_speech_notes(job)]:
         progress.say(note)
     pipeline = pipeline_opener(args, files, progress.say)()
     if job.segments > 1:
@@ -119,6 +119,13 @@ def finish(pipeline: Any, make: Callable[..., Any], target: Path, kept: Path | N
         progress.say(line)
     print(target)
     return 0
+
+
+def _speech_notes(job: Any) -> list[str]:
+    """What there is to say where the speech is too long for the clip."""
+    from ..prompt import check_prompt
+
+    return [] if job.mode == "video" else check_prompt(job.prompt, clip_seconds=job.seconds).speech_warnings()
 
 
 def _keep(latents: Any, path: Path, progress: Progress) -> None:

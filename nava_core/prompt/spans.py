@@ -15,11 +15,13 @@ _MARKS = re.compile(r"<S>|<E>|</S>|<extra_id_\d+>")
 
 
 class SpanError(ValueError):
-    """A prompt whose speech marks do not pair up. `position` is the character index of the mark at fault."""
+    """A prompt whose speech marks do not pair up. `position` is the character index of the mark at fault, `kind` one of
+    "nested", "unopened", "empty", "reserved", "unclosed"."""
 
-    def __init__(self, message: str, position: int):
+    def __init__(self, message: str, position: int, kind: str = ""):
         super().__init__(message)
         self.position = position
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -47,48 +49,86 @@ def parse_spans(prompt: str) -> list[SpeechSpan]:
     Raises `SpanError` for a `<S>` without `<E>`, an `<E>` without `<S>`, a `<S>` inside a span, a span
     without words, and a typed `<extra_id_n>` (the timbre token is put in for each span, never by hand).
     """
+    spans, faults = scan_spans(prompt)
+    if faults:
+        raise faults[0]
+    return spans
+
+
+def scan_spans(prompt: str) -> tuple[list[SpeechSpan], list[SpanError]]:
+    """The speech spans of `prompt` that are whole, and what is wrong with the rest, each in order: what
+    `parse_spans` would raise, all of it. A `<S>` inside a span begins another one."""
     spans: list[SpeechSpan] = []
+    faults: list[SpanError] = []
     opened: int | None = None
     for mark in _MARKS.finditer(prompt):
         at = mark.start()
-        where = f"character {at} (“{_excerpt(prompt, at)}”)"
         if mark.group() == SPAN_START:
             if opened is not None:
-                raise SpanError(
-                    f"A speech span opens at {where} inside the one opened at character {opened}: "
-                    f"close that one with {SPAN_END} first.",
-                    at,
-                )
+                faults.append(_nested(prompt, at, opened))
             opened = at
-        elif mark.group() in (SPAN_END, OTHER_END):
-            if opened is None:
-                raise SpanError(
-                    f"{mark.group()} at {where} closes a speech span that was never opened: "
-                    f"write {SPAN_START} before its words.",
-                    at,
-                )
-            words = prompt[opened + len(SPAN_START) : at].strip()
-            if not words:
-                raise SpanError(
-                    f"The speech span opened at character {opened} has no words: "
-                    f"write what is said between {SPAN_START} and {SPAN_END}, or remove both.",
-                    opened,
-                )
-            spans.append(SpeechSpan(words, opened, mark.end(), len(spans)))
-            opened = None
+        elif mark.group() not in (SPAN_END, OTHER_END):
+            faults.append(_reserved(prompt, at, mark.group()))
+        elif opened is None:
+            faults.append(_unopened(prompt, at, mark.group()))
         else:
-            raise SpanError(
-                f"{mark.group()} at {where} is a reserved token: write only "
-                f"{SPAN_START}words{SPAN_END}, its timbre token is put in automatically.",
-                at,
-            )
+            words = prompt[opened + len(SPAN_START) : at].strip()
+            if words:
+                spans.append(SpeechSpan(words, opened, mark.end(), len(spans)))
+            else:
+                faults.append(_empty(opened))
+            opened = None
     if opened is not None:
-        raise SpanError(
-            f"The speech span opened at character {opened} (“{_excerpt(prompt, opened)}”) is never closed: "
-            f"write {SPAN_END} after its words.",
-            opened,
-        )
-    return spans
+        faults.append(_unclosed(prompt, opened))
+    return spans, faults
+
+
+def _where(prompt: str, at: int) -> str:
+    return f"character {at} (“{_excerpt(prompt, at)}”)"
+
+
+def _nested(prompt: str, at: int, opened: int) -> SpanError:
+    return SpanError(
+        f"A speech span opens at {_where(prompt, at)} inside the one opened at character {opened}: "
+        f"close that one with {SPAN_END} first.",
+        at,
+        "nested",
+    )
+
+
+def _unopened(prompt: str, at: int, mark: str) -> SpanError:
+    return SpanError(
+        f"{mark} at {_where(prompt, at)} closes a speech span that was never opened: "
+        f"write {SPAN_START} before its words.",
+        at,
+        "unopened",
+    )
+
+
+def _empty(opened: int) -> SpanError:
+    return SpanError(
+        f"The speech span opened at character {opened} has no words: "
+        f"write what is said between {SPAN_START} and {SPAN_END}, or remove both.",
+        opened,
+        "empty",
+    )
+
+
+def _reserved(prompt: str, at: int, token: str) -> SpanError:
+    return SpanError(
+        f"{token} at {_where(prompt, at)} is a reserved token: write only "
+        f"{SPAN_START}words{SPAN_END}, its timbre token is put in automatically.",
+        at,
+        "reserved",
+    )
+
+
+def _unclosed(prompt: str, opened: int) -> SpanError:
+    return SpanError(
+        f"The speech span opened at {_where(prompt, opened)} is never closed: write {SPAN_END} after its words.",
+        opened,
+        "unclosed",
+    )
 
 
 def insert_sentinels(prompt: str) -> str:

@@ -4,9 +4,10 @@ as the one dense paragraph the model was trained on, in English or Chinese."""
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .presets import with_preset
 from .spans import SPAN_END, SPAN_START, contains_marks
 
 _HAN = re.compile(r"[\u3400-\u9fff]")
@@ -22,7 +23,8 @@ class SpanSpec:
 
     `speaker`: who speaks ("the woman at the window"); `voice`: timbre in words ("warm, slightly husky");
     `emotion`; `pace`: speaking rate; `position`: where in the sound field; `timbre`: a reference voice's
-    embedding (1, 192), or None.
+    embedding (1, 192), or None. `emotion_preset`, `pace_preset`, `place_preset`: names in `presets.PRESETS`, whose
+    words come before `emotion`, `pace` and `position` in the prompt's language; "" or "none" for none.
     """
 
     words: str
@@ -32,6 +34,18 @@ class SpanSpec:
     pace: str = ""
     position: str = ""
     timbre: Any = field(default=None, compare=False, repr=False)
+    emotion_preset: str = ""
+    pace_preset: str = ""
+    place_preset: str = ""
+
+    def in_words(self, chinese: bool) -> SpanSpec:
+        """The same with its presets written out. Raises ValueError for a preset that there is not."""
+        return replace(
+            self,
+            emotion=with_preset("emotion", self.emotion_preset, self.emotion, chinese),
+            pace=with_preset("pace", self.pace_preset, self.pace, chinese),
+            position=with_preset("place", self.place_preset, self.position, chinese),
+        )
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,8 @@ class StructuredPrompt:
     `visual`: subjects, setting, light, style; `dynamics`: what happens over time; `camera`: camera and
     composition; `audio`: ambience, effects, music, room; `spans`: what is said, in order. Any part may be empty.
     `language`: of the connecting words, "en", "zh" or "auto" (by the text given). `no_speech` says that nobody
-    speaks.
+    speaks. `shot`, `movement` (before `camera`) and `sound_field` (before `audio`): names in `presets.PRESETS`, said in
+    the prompt's language; "" or "none" for none.
     """
 
     visual: str = ""
@@ -51,24 +66,28 @@ class StructuredPrompt:
     spans: list[SpanSpec] = field(default_factory=list)
     language: str = "auto"
     no_speech: bool = False
+    shot: str = ""
+    movement: str = ""
+    sound_field: str = ""
 
     def render(self) -> str:
         """One paragraph: picture, events, speech as `<S>words<E>`, camera, sound. "" if every part is empty.
 
         Raises `ValueError` for a span without words, spans together with `no_speech`, for speech marks or reserved
-        tokens inside a part, and for an unknown language.
+        tokens inside a part, for an unknown language and for a preset that there is not.
         """
         if self.language not in _LANGUAGES:
             raise ValueError(f"Unknown prompt language “{self.language}”: choose one of {', '.join(_LANGUAGES)}.")
         self._check()
         chinese = self._is_chinese()
         style = _Chinese if chinese else _English
+        moved = with_preset("movement", self.movement, self.camera, chinese)
         sentences = [
             style.sentence(self.visual),
             style.labelled(style.dynamics, self.dynamics),
-            *(style.speech(span, i) for i, span in enumerate(self.spans)),
-            style.labelled(style.camera, self.camera),
-            style.labelled(style.audio, self.audio),
+            *(style.speech(span.in_words(chinese), i) for i, span in enumerate(self.spans)),
+            style.labelled(style.camera, with_preset("shot", self.shot, moved, chinese)),
+            style.labelled(style.audio, with_preset("sound_field", self.sound_field, self.audio, chinese)),
             style.no_speech if self.no_speech else "",
         ]
         return style.join([s for s in sentences if s])
@@ -177,7 +196,7 @@ class _English:
     @classmethod
     def _pace(cls, span: SpanSpec) -> str:
         text = _phrase(span.pace)
-        if not text or re.search(r"(ly|fast)$", text, re.IGNORECASE):
+        if not text or re.search(r"^\w+ly\b|(ly|fast)$", text, re.IGNORECASE):
             return text
         text = text if _mentions(text, ("pace", "rate", "speed", "tempo")) else f"{text} pace"
         return f"at {cls._with_article(text)}"

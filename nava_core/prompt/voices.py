@@ -11,6 +11,14 @@ from .tokenizer import TokenizedPrompt
 TIMBRE_WIDTH = 192
 
 
+class BindingError(ValueError):
+    """Voices and spans that do not fit. `kind`: "no_span", "too_many_voices", "too_few_voices" or "assignment"."""
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
+
+
 def bind_voices(spans: Sequence, voices: Sequence, assignment: Sequence[int | None] | None = None) -> list[int | None]:
     """The index into `voices` for each span, None for a span without a voice.
 
@@ -18,44 +26,49 @@ def bind_voices(spans: Sequence, voices: Sequence, assignment: Sequence[int | No
     says it outright: per span an index into `voices` counted from 0, or None, which gives the span the learned null
     voice (an all-zero embedding), as in training.
 
-    Raises `ValueError` for voices without a span to speak, more voices than spans, several voices but fewer
-    than spans without `assignment`, and an assignment of the wrong length or out of range.
+    Raises `BindingError` (a ValueError) for voices without a span to speak, more voices than spans, several voices but
+    fewer than spans without `assignment`, and an assignment of the wrong length or out of range.
     """
     if assignment is not None:
         return _checked(list(assignment), len(spans), len(voices))
     if not voices:
         return [None] * len(spans)
     if not spans:
-        raise ValueError(
+        raise BindingError(
             f"{_count(len(voices), 'voice')} given but the prompt has no speech span: "
-            "write the words to be said as <S>words<E>, or disconnect the voice."
+            "write the words to be said as <S>words<E>, or disconnect the voice.",
+            "no_span",
         )
     if len(voices) == 1:
         return [0] * len(spans)
     if len(voices) > len(spans):
-        raise ValueError(
+        raise BindingError(
             f"{len(voices)} voices given but the prompt has {_count(len(spans), 'speech span')}: "
-            f"add <S>words<E> for the others, or give at most {_count(len(spans), 'voice')}."
+            f"add <S>words<E> for the others, or give at most {_count(len(spans), 'voice')}.",
+            "too_many_voices",
         )
     if len(voices) < len(spans):
-        raise ValueError(
+        raise BindingError(
             f"{len(voices)} voices given for {len(spans)} speech spans: say which span each voice speaks, "
-            "give one voice for all spans, or one for every span."
+            "give one voice for all spans, or one for every span.",
+            "too_few_voices",
         )
     return list(range(len(spans)))
 
 
 def _checked(assignment: list[int | None], spans: int, voices: int) -> list[int | None]:
     if len(assignment) != spans:
-        raise ValueError(
+        raise BindingError(
             f"The voice assignment has {len(assignment)} entries but the prompt has {_count(spans, 'speech span')}: "
-            "give one entry for each span, None where it has no voice."
+            "give one entry for each span, None where it has no voice.",
+            "assignment",
         )
     for i, voice in enumerate(assignment):
         if voice is not None and not 0 <= voice < voices:
-            raise ValueError(
+            raise BindingError(
                 f"Span {i + 1} is assigned voice number {voice + 1}, but {_count(voices, 'voice')} given: "
-                "assign an existing voice or None."
+                "assign an existing voice or None.",
+                "assignment",
             )
     return assignment
 

@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import torch
 
-from ...nava_core.prompt import bind_voices, clean_text, span_voices, timbre_inputs
+from ...nava_core.prompt import PromptCheck, bind_voices, check_prompt, clean_text, span_voices, timbre_inputs
 from ...nava_core.voices import check_one_encoder
 from .model import TIMBRE, TIMBRE_POSITIONS
 from .text_encoder import encode_conditioning, encode_ids, prompt_tokenizer
 
 
-def encode_prompt(clip, prompt: str, voices=(), spans=None) -> tuple[list, str, list[str]]:
-    """(CONDITIONING, report, warnings) of a prompt; an empty one gives the all-zero context.
+def encode_prompt(
+    clip, prompt: str, voices=(), spans=None, seconds: float = 0.0
+) -> tuple[list, str, list[str], PromptCheck]:
+    """(CONDITIONING, report, warnings, check) of a prompt; an empty one gives the all-zero context.
 
     ``voices``: timbres (1, 192), bound to the spans by order, or ``spans`` (SpanSpec with their own timbres), bound
-    by object. Raises ValueError where voices and spans do not fit, or spans are not the prompt's, and where the
-    voices were made with different speaker encoders.
+    by object. ``seconds``: the clip's length, 0 where it is not known. Raises ValueError where voices and spans do not
+    fit, or spans are not the prompt's, and where the voices were made with different speaker encoders.
     """
     if not prompt.strip():
         if voices or any(span.timbre is not None for span in spans or []):
             raise ValueError("Voices were given but the prompt is empty: write the words to be said as <S>words<E>.")
         context = encode_ids(clip, [1])
-        return [[torch.zeros_like(context), {}]], "Empty: the null the model was trained with.", []
-    tokenized = prompt_tokenizer(clip)(prompt)
+        return (
+            [[torch.zeros_like(context), {}]],
+            "Empty: the null the model was trained with.",
+            [],
+            check_prompt(prompt),
+        )
+    tokenizer = prompt_tokenizer(clip)
+    tokenized = tokenizer(prompt)
     voices, assignment = _voices(tokenized, list(voices), spans)
     check_one_encoder(voices)
     binding = bind_voices(tokenized.spans, voices, assignment)
     timbre, positions = timbre_inputs(tokenized, voices, assignment)
     extras = {} if timbre is None else {TIMBRE: timbre, TIMBRE_POSITIONS: positions}
-    report = tokenized.report(binding)
-    return encode_conditioning(clip, tokenized.ids, extras), report, [report] if tokenized.is_cut else []
+    check = check_prompt(
+        prompt, tokenizer=tokenizer, voices=len(voices), assignment=assignment, clip_seconds=seconds or None
+    )
+    report = "\n".join(filter(None, [tokenized.report(binding), check.speech_line()]))
+    warnings = [report] if tokenized.is_cut else [] if check.clip_assumed else check.speech_warnings()
+    return encode_conditioning(clip, tokenized.ids, extras), report, warnings, check
 
 
 def _shortened(words: str, length: int = 40) -> str:

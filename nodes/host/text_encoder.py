@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import comfy.model_management
@@ -11,6 +13,7 @@ import comfy.text_encoders.sd3_clip
 import comfy.text_encoders.wan
 import comfy.utils
 import torch
+from safetensors import safe_open
 
 from ...nava_core.checkpoint import FileKind, WrongFileError, describe_file, explain_wrong_file
 from ...nava_core.prompt import PromptTokenizer
@@ -21,6 +24,7 @@ from .devices import CPU, moved_clip
 
 NAME = "umt5xxl"  # ComfyUI's name of the only model in this CLIP
 SPIECE = "spiece_model"  # the tensor that holds the tokenizer in ComfyUI's files
+_in_use: weakref.WeakSet[PromptTokenizer] = weakref.WeakSet()  # of text encoders that are loaded
 
 
 def load_text_encoder(
@@ -54,6 +58,34 @@ def prompt_tokenizer(clip) -> PromptTokenizer:
             "This CLIP is not a umt5 text encoder, which NAVA needs: load umt5_xxl with NavaLoadTextEncoder."
         )
     return PromptTokenizer(clip.tokenizer.state_dict()[SPIECE])
+
+
+def any_tokenizer(paths: Iterable[str]) -> PromptTokenizer | None:
+    """A umt5 tokenizer without loading a text encoder: one in use, else that of the first file in ``paths`` that has
+    one inside or beside it; None where there is none. Run on ComfyUI 0.18.1 and 0.33.0."""
+    for tokenizer in _in_use:
+        return tokenizer
+    found = (_tokenizer_of(path, Path(path).stat().st_mtime_ns) for path in paths if Path(path).is_file())
+    return next((tokenizer for tokenizer in found if tokenizer is not None), None)
+
+
+@lru_cache(maxsize=32)
+def _tokenizer_of(path: str, changed: int) -> PromptTokenizer | None:
+    """The tokenizer of one file as it was when it was last changed; None for a file that is no umt5 encoder."""
+    try:
+        if describe_file(path).kind not in (FileKind.UMT5, FileKind.UMT5_ORIGINAL):
+            return None
+        return _find_tokenizer(Path(path), _spiece_inside(path), None)[0]
+    except (OSError, ValueError, RuntimeError):  # broken, or a package is missing: its loader node says so
+        return None
+
+
+def _spiece_inside(path: str) -> torch.Tensor | None:
+    """The tokenizer in a safetensors file, read without its weights."""
+    if not path.endswith(".safetensors"):
+        return None
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(SPIECE) if SPIECE in file.keys() else None  # noqa: SIM118 - it is no mapping
 
 
 def encode_ids(clip, ids: Sequence[int]) -> torch.Tensor:
@@ -151,6 +183,7 @@ def _load(path: str, device: str, tokenizer_folder, disable_dynamic: bool = Fals
             f"The tokenizer has {tokenizer.vocab_size} tokens but {Path(path).name} knows {config.vocab_size}: "
             "they belong to different models; give the tokenizer folder that came with this text encoder."
         )
+    _in_use.add(tokenizer)
     return _clip(tensors, config, {SPIECE: spiece, "nava_prompt_tokenizer": tokenizer}, device, disable_dynamic)
 
 

@@ -3,28 +3,18 @@ API file holds, and Run makes the file it promises; the template browser shows a
 npm, and Chromium; is skipped, with the reason, without. NAVA_CANVAS_PICTURES=folder keeps pictures of every canvas."""
 
 import json
-import math
 import os
-import shutil
-import struct
 import subprocess
-import sys
-import wave
 from pathlib import Path
 
 import pytest
+from machine import find_browser, make_inputs
+from media_checks import read_media
+from server import Comfy
+from voices import write_video
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE.parent / "host"))
-
-from comfy_host import require_comfyui  # noqa: E402
-from media_checks import read_media  # noqa: E402
-from server import Comfy  # noqa: E402
-from voices import write_video  # noqa: E402
-
-PLAYWRIGHT = "playwright-core@1"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 SECONDS = 0.5
 CLIP = {"seconds": SECONDS, "preset": "custom", "width": 96, "height": 64}
@@ -36,29 +26,6 @@ MINUTES = 20
 CROSSINGS = {"long_clip": 90}
 
 
-def find_browser() -> str | None:
-    """CHROMIUM_PATH, or a Chromium on the path."""
-    given = os.environ.get("CHROMIUM_PATH")
-    return given or next(filter(None, map(shutil.which, BROWSERS)), None)
-
-
-@pytest.fixture(scope="session")
-def playwright(tmp_path_factory) -> str:
-    """playwright-core in a folder of its own; it drives the machine's Chromium and brings no browser."""
-    require_comfyui()
-    for program in ("node", "npm"):
-        if not shutil.which(program):
-            pytest.skip(f"no {program}: install Node.js to run the canvas tests")
-    if not find_browser():
-        pytest.skip("no Chromium: install it, or set CHROMIUM_PATH, to run the canvas tests")
-    folder = tmp_path_factory.mktemp("playwright")
-    options = ["--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts", "--no-save"]
-    done = subprocess.run(["npm", "install", *options, PLAYWRIGHT], capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.skip(f"npm could not install {PLAYWRIGHT}: {done.stderr.strip()[-200:]}")
-    return str(folder / "node_modules" / "playwright-core")
-
-
 @pytest.fixture(scope="session")
 def server(playwright, tmp_path_factory):
     """A running ComfyUI with small models, a picture, a silent video and recordings."""
@@ -68,25 +35,11 @@ def server(playwright, tmp_path_factory):
     models = make_small_models(tmp_path_factory.mktemp("models"), preview_decoder=False)
     names = {role: path.name for role, path in place_in_comfyui(models, base / "models").items()}
     make_inputs(base / "input")
+    write_video(base / "input" / "silent.mp4", round(24 * SECONDS) + 1, (CLIP["width"], CLIP["height"]))
     with Comfy(base) as comfy:
         comfy.names = names
         comfy.post("/settings", {"Comfy.TutorialCompleted": True})  # else a first visit opens the templates
         yield comfy
-
-
-def make_inputs(folder: Path) -> None:
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.radial_gradient("L").resize((120, 80)).convert("RGB").save(folder / "first_frame.png")
-    write_video(folder / "silent.mp4", round(24 * SECONDS) + 1, (CLIP["width"], CLIP["height"]))
-    for name, pitch in (("voice", 140), ("voice_first", 210), ("voice_second", 110), ("speech", 180)):
-        with wave.open(str(folder / f"{name}.wav"), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(16000)
-            tones = (sum(math.sin(math.tau * pitch * k * i / 16000) / k for k in (1, 2, 3)) for i in range(16000))
-            file.writeframes(b"".join(struct.pack("<h", int(9000 * tone)) for tone in tones))
 
 
 def small_values(names: dict[str, str]) -> dict:

@@ -178,6 +178,13 @@ def test_a_wrong_command_is_one_sentence_and_code_2(nava, arguments, words):
     assert words in sentence(err)
 
 
+def test_too_much_speech_is_said_before_the_run(nava, models):
+    said = f"A man says <S>{'word ' * 30}<E>"
+    assert "Too much speech" in nava("generate", said, "--models", models, "--seconds", "6")[2]
+    assert "Too much speech" not in nava("generate", said, "--models", models, "--seconds", "9")[2]
+    assert "Too much speech" not in nava("generate", said, "--models", models, "--video-only")[2]
+
+
 def test_a_device_that_is_not_there(nava, models):
     for device in ("cuda:99", "toaster", "meta:x"):
         code, _, err = nava("generate", "a", "--models", models, "--device", device)

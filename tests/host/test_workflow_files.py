@@ -28,6 +28,7 @@ DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"  # a choice that brings inputs of its ow
 MODELS = "https://huggingface.co/"
 FILE_WIDGETS = {"file", "image", "audio"}  # their options are whatever lies in a folder
 TITLE_HEIGHT = 30
+MISSING = object()
 FOLDERS = {
     "NavaLoadBackbone": "diffusion_models",
     "NavaLoadTextEncoder": "text_encoders",
@@ -107,7 +108,10 @@ def widget_values(node: dict, specs: dict[str, list]) -> dict[str, object]:
     for name, spec in specs.items():
         if not is_widget(spec):
             continue
-        values[name] = next(stored)
+        value = next(stored, MISSING)
+        if value is MISSING:  # an optional input, newer than the file, which keeps its meaning without
+            continue
+        values[name] = value
         if options(spec).get("control_after_generate"):
             assert next(stored) in {"fixed", "increment", "decrement", "randomize"}
     left = list(stored)
