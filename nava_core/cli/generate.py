@@ -125,7 +125,9 @@ def _speech_notes(job: Any) -> list[str]:
     """What there is to say where the speech is too long for the clip."""
     from ..prompt import check_prompt
 
-    return [] if job.mode == "video" else check_prompt(job.prompt, clip_seconds=job.seconds).speech_warnings()
+    if job.mode == "video" or not job.seconds:  # nothing is said, or the clip is as long as a file that is given
+        return []
+    return check_prompt(" ".join([job.prompt, *job.then]), clip_seconds=job.seconds).speech_warnings()
 
 
 def _keep(latents: Any, path: Path, progress: Progress) -> None:

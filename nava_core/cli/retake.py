@@ -32,9 +32,9 @@ from .progress import Progress
 
 DESCRIPTION = """Makes a span of a finished clip again, of the picture, the sound or both, or a region of the picture.
 All frames and samples that are kept come out as they are in SOURCE; a span is widened to whole latents, of four frames
-and of 1/25 s of sound. Of frames with a region the rest is kept as latents, and comes through the VAE. SOURCE is a
-clip's latents, or a video file of up to 10 s, which is brought to 24 frames a second and to a size that the model
-knows. The clip's path goes to stdout, all else to stderr."""
+and of 1/25 s of sound, a region to squares of 16 pixels, into which it fades within 8. SOURCE is a clip's latents, or a
+video file of up to 10 s, which is brought to 24 frames a second and to a size that the model knows. The clip's path
+goes to stdout, all else to stderr."""
 
 EXAMPLES = """examples:
   nava retake pier.latents.safetensors "She laughs." --from 2 --to 3.5 --models models --out pier_2.mp4

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..geometry import PIXELS_PER_LATENT
 from ..media import as_waveform, fit_length
 from ..timbre.resample import resample
 from .frames import kept_as
 from .sound import GivenSound, Span, covers
 
 FADE_SECONDS = 0.02  # of made sound beside given sound
+FADE_PIXELS = 8  # of made picture beside a region that is given
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +23,15 @@ class Originals:
     """The given parts of a clip as they were given.
 
     ``frames`` (F, H, W, 3), floats in 0..1 or uint8, and ``kept_frames`` (F,) bool, those of them that come out as they
-    are. ``waveform`` (C, N), as long as the clip, at ``sample_rate``; of it ``kept_sound``, spans (begin, end) in
+    are; of the others ``kept_blocks`` (F, H / 16, W / 16) bool, the latents' squares of pixels that do.
+    ``waveform`` (C, N), as long as the clip, at ``sample_rate``; of it ``kept_sound``, spans (begin, end) in
     seconds, comes out sample for sample. What it has beside them is only what made sound fades to and from: the
     original going on, or silence.
     """
 
     frames: torch.Tensor | None = None
     kept_frames: torch.Tensor | None = None
+    kept_blocks: torch.Tensor | None = None
     waveform: torch.Tensor | None = None
     sample_rate: int = 0
     kept_sound: tuple[Span, ...] = ()
@@ -50,7 +54,7 @@ class Originals:
         kept = torch.ones(len(frames), dtype=torch.bool) if kept is None else torch.as_tensor(kept).bool().cpu()
         if kept.shape != (len(frames),):
             raise ValueError(f"{len(frames)} frames were given and {tuple(kept.shape)} of which to keep.")
-        return replace(self, frames=kept_as(frames), kept_frames=kept)
+        return replace(self, frames=kept_as(frames), kept_frames=kept, kept_blocks=None)
 
     # ------------------------------------------------------------ questions
 
@@ -69,24 +73,26 @@ class Originals:
     # ------------------------------------------------------------ into the clip
 
     def put_frames(self, decoded: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Decoded frames (f, H, W, 3) in 0..1, of which the first is the clip's frame ``first``, with kept ones exact.
+        """Decoded frames (f, H, W, 3) in 0..1, the first being the clip's frame ``first``, with kept ones and kept
+        regions of others exact: written into ``decoded``.
 
-        Raises ValueError for frames of another size than the given ones.
+        What is made fades into a kept region within its first 8 pixels. Raises ValueError for frames of another size
+        than the given ones.
         """
         if self.frames is None:
             return decoded
         last = min(first + len(decoded), len(self.frames))
-        kept = self.kept_frames[first:last].nonzero().flatten()
-        if not len(kept):
+        kept, blocks = self.kept_frames[first:last], None if self.kept_blocks is None else self.kept_blocks[first:last]
+        some = kept if blocks is None else kept | blocks.flatten(1).any(dim=1)
+        if not bool(some.any()):
             return decoded
         if decoded.shape[1:] != self.frames.shape[1:]:
             (height, width), (tall, wide) = decoded.shape[1:3], self.frames.shape[1:3]
             raise ValueError(f"The clip is {width}x{height} and the frames given for it are {wide}x{tall}: fit them.")
-        result = decoded.clone()
-        for index in kept.tolist():
-            frame = self.frames[first + index]
-            result[index] = (frame.float() / 255 if frame.dtype == torch.uint8 else frame).to(result)
-        return result
+        for index in some.nonzero().flatten().tolist():
+            frame = _floats(self.frames[first + index]).to(decoded)
+            decoded[index] = frame if kept[index] else _with_region(decoded[index], frame, blocks[index])
+        return decoded
 
     def put_sound(self, decoded: torch.Tensor | None, rate: int) -> tuple[torch.Tensor | None, int]:
         """The clip's (waveform (C, N), rate) from its ``decoded`` sound (2, N) at ``rate``, with kept spans exact.
@@ -128,7 +134,7 @@ class Originals:
     def _merged_frames(self, other: Originals) -> Originals:
         if other.frames is None or self.frames is None:
             both = self if other.frames is None else other
-            return replace(self, frames=both.frames, kept_frames=both.kept_frames)
+            return replace(self, frames=both.frames, kept_frames=both.kept_frames, kept_blocks=both.kept_blocks)
         if self.frames.shape != other.frames.shape:
             raise ValueError(
                 f"Frames {tuple(self.frames.shape)} and {tuple(other.frames.shape)} were given for one clip: "
@@ -137,8 +143,21 @@ class Originals:
         mine, theirs = self.frames, other.frames
         if mine.dtype != theirs.dtype:
             mine, theirs = _floats(mine), _floats(theirs)
-        frames = torch.where(other.kept_frames[:, None, None, None], theirs, mine)
-        return self.with_frames(frames, self.kept_frames | other.kept_frames)
+        where = other.kept_frames[:, None, None]
+        if other.kept_blocks is not None:
+            where = where | _pixels(other.kept_blocks)
+        merged = self.with_frames(torch.where(where[..., None], theirs, mine), self.kept_frames | other.kept_frames)
+        blocks = [each.kept_blocks for each in (self, other) if each.kept_blocks is not None]
+        return replace(merged, kept_blocks=None if not blocks else torch.stack(blocks).any(dim=0))
+
+    def _within_blocks(self, keep: torch.Tensor) -> Originals:
+        there = self.kept_frames[:, None, None]
+        if self.kept_blocks is not None:
+            there = there | self.kept_blocks
+        blocks = there & keep
+        whole = blocks.flatten(1).all(dim=1)
+        is_partly = bool((blocks & ~whole[:, None, None]).any())
+        return replace(self, kept_frames=whole, kept_blocks=blocks if is_partly else None)
 
     def _merged_sound(self, other: Originals) -> Originals:
         if other.waveform is None:
@@ -157,17 +176,39 @@ class Originals:
         return self.with_sound(waveform, self.sample_rate, _union((*self.kept_sound, *other.kept_sound)))
 
     def within(
-        self, keep_video_mask: torch.Tensor | None = None, keep_sound_spans: Sequence[Span] | None = None
+        self,
+        keep_video_mask: torch.Tensor | None = None,
+        keep_sound_spans: Sequence[Span] | None = None,
+        keep_blocks: torch.Tensor | None = None,
     ) -> Originals:
-        """These where they are kept by the masks, too: (F,) bool of the frames, spans in seconds of the sound; None
-        leaves them as they are."""
+        """These where they are kept by the masks, too: (F,) bool of the frames, spans in seconds of the sound, and
+        (F, H / 16, W / 16) bool of regions of the frames; None leaves them as they are."""
         found = self
-        if keep_video_mask is not None and self.frames is not None:
-            kept = self.kept_frames & torch.as_tensor(keep_video_mask).bool().cpu()
-            found = replace(found, kept_frames=kept)
+        if self.frames is not None and keep_video_mask is not None:
+            keep = torch.as_tensor(keep_video_mask).bool().cpu()
+            blocks = None if self.kept_blocks is None else self.kept_blocks & keep[:, None, None]
+            found = replace(found, kept_frames=self.kept_frames & keep, kept_blocks=blocks)
+        if self.frames is not None and keep_blocks is not None:
+            found = found._within_blocks(torch.as_tensor(keep_blocks).bool().cpu())
         if keep_sound_spans is not None and self.waveform is not None:
             found = replace(found, kept_sound=_intersection(self.kept_sound, keep_sound_spans))
         return found
+
+
+def _pixels(blocks: torch.Tensor) -> torch.Tensor:
+    """(..., H / 16, W / 16) -> (..., H, W)."""
+    return blocks.repeat_interleave(PIXELS_PER_LATENT, -2).repeat_interleave(PIXELS_PER_LATENT, -1)
+
+
+def _with_region(made: torch.Tensor, given: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """A made frame (H, W, 3) with the given one where ``blocks`` (H / 16, W / 16) says so, and fading around that."""
+    kept = _pixels(blocks)
+    reach = share = kept[None, None].float()
+    for _ in range(FADE_PIXELS - 1):
+        reach = torch.nn.functional.max_pool2d(reach, 3, stride=1, padding=1)
+        share = share + reach
+    share = (share[0, 0] / FADE_PIXELS)[..., None].to(made)
+    return torch.where(kept[..., None].to(made.device), given, share * given + (1 - share) * made)
 
 
 def _floats(frames: torch.Tensor) -> torch.Tensor:

@@ -536,16 +536,16 @@ class _Collected:
         """What of the clip comes out as it was given: of a source what it had itself, as far as it is kept."""
         found = Originals() if given.source is None or given.source.originals is None else given.source.originals
         if given.retake is None:
-            found = replace(found, frames=None, kept_frames=None)
-        kept_frames = None if self.video_mask is None else frames_kept(self.video_mask)
+            found = replace(found, frames=None, kept_frames=None, kept_blocks=None)
+        kept_blocks = None if self.video_mask is None else blocks_kept(self.video_mask)
         kept_sound = () if self.audio_mask is None else spans_kept(self.audio_mask, self.geometry.duration)
-        found = found.within(kept_frames, kept_sound)
+        found = found.within(None, kept_sound, kept_blocks)
         if self.frames is not None:
             found = _with_frames(found, self.frames, self.geometry.frames)
         if self.sound is not None:
             sound = Originals.of_sound(self.sound)
             found = found.with_sound(sound.waveform, sound.sample_rate, sound.kept_sound)
-        if found.frames is not None and not bool(found.kept_frames.any()):
+        if found.frames is not None and not bool(found.kept_frames.any()) and found.kept_blocks is None:
             found = replace(found, frames=None, kept_frames=None)
         if not found.kept_sound:
             found = replace(found, waveform=None, sample_rate=0, kept_sound=())
@@ -560,10 +560,10 @@ def _with_frames(found: Originals, frames: torch.Tensor, total: int) -> Original
     return found.with_frames(frames, kept)
 
 
-def frames_kept(mask: torch.Tensor) -> torch.Tensor:
-    """(F,) bool: the frames of latents that a video mask (1, 1, T, H, W) keeps whole."""
-    whole = is_given(mask[0, 0]).flatten(1).all(dim=1)
-    return whole[[-(-frame // FRAMES_PER_LATENT) for frame in range(frames_of_latents(len(whole)))]]
+def blocks_kept(mask: torch.Tensor) -> torch.Tensor:
+    """(F, H / 16, W / 16) bool: what a video mask (1, 1, T, H / 16, W / 16) keeps of the frames of its latents."""
+    given = is_given(mask[0, 0])
+    return given[[-(-frame // FRAMES_PER_LATENT) for frame in range(frames_of_latents(len(given)))]]
 
 
 def spans_kept(mask: torch.Tensor, duration: float) -> tuple[tuple[float, float], ...]:

@@ -222,9 +222,7 @@ def retake(
     if picture:
         made = frames_touching(begin, end, clip[0].shape[2])
         notes.insert(0, _open_picture(masks[0], made, mask))
-        keep = torch.ones(clip[0].shape[2], dtype=torch.bool)
-        keep[made] = False
-        originals = originals and originals.within(keep_video_mask=frames_of(keep))
+        originals = originals and originals.within(keep_blocks=frames_of(is_given(masks[0][0, 0]).cpu()))
     if clip[0] is not None:
         _clean_first_frame(masks[0])
     if sound:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ...nava_core.geometry import PIXELS_PER_LATENT
 from ...nava_core.given import Originals, steps_within
 from .latents import clip_parts
 
@@ -31,9 +32,9 @@ def originals_of(latent: dict, clip: int = 0) -> Originals | None:
         return None
     video, audio = (None if part is None else part[clip : clip + 1].cpu() for part in clip_parts(latent))
     video_then, audio_then = latent.get(STANDS_FOR, (None, None))
-    frames = None if originals.frames is None else _same_frames(video, video_then, len(originals.frames))
+    blocks = None if originals.frames is None else _same_blocks(video, video_then, originals.frames)
     spans = [span for span in originals.kept_sound if _is_same_sound(audio, audio_then, span)]
-    return originals.within(frames, spans)
+    return originals.within(None, spans, blocks)
 
 
 def whole_picture(originals: Originals) -> torch.Tensor:
@@ -42,16 +43,17 @@ def whole_picture(originals: Originals) -> torch.Tensor:
     return frames.to(torch.float32).div_(255) if frames.dtype == torch.uint8 else frames.float()
 
 
-def _same_frames(video: torch.Tensor | None, then: torch.Tensor | None, frames: int) -> torch.Tensor:
-    """(frames,) bool: those whose latent is the one that was given; none where the clip has another size."""
+def _same_blocks(video: torch.Tensor | None, then: torch.Tensor | None, frames: torch.Tensor) -> torch.Tensor:
+    """(F, H / 16, W / 16) bool: where the clip's latent is the one that was given; nowhere if it has another size."""
     if video is None or then is None or video.shape != then.shape:
-        return torch.zeros(frames, dtype=torch.bool)
-    return frames_of((video == then).all(dim=1).all(dim=-1).all(dim=-1)[0])
+        count, height, width = frames.shape[:3]
+        return torch.zeros(count, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT, dtype=torch.bool)
+    return frames_of((video == then).all(dim=1)[0])
 
 
 def frames_of(latents: torch.Tensor) -> torch.Tensor:
-    """(T,) of latent frames -> (F,) of the frames that they decode to."""
-    return torch.cat([latents[:1], latents[1:].repeat_interleave(4)])
+    """(T, ...) of latent frames -> (F, ...) of the frames that they decode to."""
+    return torch.cat([latents[:1], latents[1:].repeat_interleave(4, dim=0)])
 
 
 def _is_same_sound(audio: torch.Tensor | None, then: torch.Tensor | None, span: tuple[float, float]) -> bool:

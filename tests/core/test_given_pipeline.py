@@ -32,7 +32,7 @@ from nava_core.pipeline import (
     stages,
 )
 from nava_core.sampling import Guidance, Interrupted, denoise, flow_sigmas
-from nava_core.video_files import VideoFile, read_video
+from nava_core.video_files import VideoFile, read_video, to_levels
 
 pytest.importorskip("diffusers", reason="the standalone VAEs need diffusers")
 pytest.importorskip("transformers", reason="the standalone text encoder needs transformers")
@@ -287,6 +287,17 @@ def test_a_retake_of_a_part_or_a_region_leaves_the_rest(pipeline, source, seen):
     shown = pipeline.denoise("A drum.", source=source, retake=Retake(0.2, 0.3), shown="matched noise", steps=2)
     assert seen[-1]["video_mask"][0, 0, :, 0, 0].tolist() == [CLEAN, 1, 1, NOISED]
     assert shown.duration == source.duration
+
+
+def test_a_region_leaves_every_other_pixel_as_it_was(pipeline, source):
+    before = to_levels(pipeline.decode(source).frames)
+    made = pipeline.retake(source, "A drum.", Retake(0.2, 0.5, "picture", (0, 16, 32, 16)), steps=2, seed=5)
+    after = to_levels(pipeline.decode(made).frames)
+    region = torch.zeros(before.shape[:3], dtype=torch.bool)
+    region[:, 16:32, :32] = True
+    assert torch.equal(after[~region], before[~region])
+    changed = (after != before).flatten(1).any(dim=1)
+    assert changed.tolist() == [frame > 0 for frame in range(len(before))]
 
 
 def test_only_what_is_made_is_guided(pipeline, source, sound, monkeypatch):

@@ -34,11 +34,11 @@ def test_kept_frames_are_exact_and_others_are_as_decoded(form):
         given = expected
     kept = torch.tensor([True, False, True, True, False, False, False, False, True])
     originals = Originals().with_frames(given, kept)
-    put = originals.put_frames(decoded)
+    put = originals.put_frames(decoded.clone())
     assert torch.equal(put[kept], expected[kept])
     assert torch.equal(put[~kept], decoded[~kept])
     assert not torch.equal(decoded, put)
-    pieces = [originals.put_frames(decoded[first : first + 4], first) for first in range(0, 9, 4)]
+    pieces = [originals.put_frames(decoded[first : first + 4].clone(), first) for first in range(0, 9, 4)]
     assert torch.equal(torch.cat(pieces), put)
     assert (originals.frames.dtype == torch.uint8) == (form != "floats")
     assert not originals.has_all_frames
@@ -47,12 +47,52 @@ def test_kept_frames_are_exact_and_others_are_as_decoded(form):
 def test_all_frames_and_none():
     given, decoded = frames(), frames(seed=1)
     assert Originals().with_frames(given).has_all_frames
-    assert torch.equal(Originals().with_frames(given).put_frames(decoded), given)
+    assert torch.equal(Originals().with_frames(given).put_frames(decoded.clone()), given)
     assert not Originals().has_all_frames
     assert Originals().put_frames(decoded) is decoded
     assert Originals().with_frames(given, torch.zeros(9)).put_frames(decoded) is decoded
-    longer = Originals().with_frames(given[:3]).put_frames(decoded)
+    longer = Originals().with_frames(given[:3]).put_frames(decoded.clone())
     assert torch.equal(longer, torch.cat([given[:3], decoded[3:]]))
+
+
+def test_a_kept_region_is_exact_and_the_made_one_fades_into_it():
+    given, decoded = torch.full((5, 64, 96, 3), 0.25), torch.full((5, 64, 96, 3), 0.75)
+    keep = torch.ones(5, 4, 6, dtype=torch.bool)
+    keep[1:3, 1:3, 2:5] = False  # two frames with a region to make
+    originals = Originals().with_frames(given).within(keep_blocks=keep)
+    assert originals.kept_frames.tolist() == [True, False, False, True, True]
+    put = originals.put_frames(decoded.clone())
+    assert torch.equal(put[[0, 3, 4]], given[[0, 3, 4]])
+    made = torch.zeros(64, 96, dtype=torch.bool)
+    made[16:48, 32:80] = True
+    assert torch.equal(put[1:3][:, ~made], given[1:3][:, ~made])
+    assert torch.equal(put[1:3, 24:40, 40:72], decoded[1:3, 24:40, 40:72])  # 8 pixels in it is as it was made
+    edge = put[1, 30, 31:41, 0]
+    assert (edge.diff() > 0).sum() == 8
+    assert edge.diff().max() < 0.07
+    pieces = [originals.put_frames(decoded[first : first + 2].clone(), first) for first in range(0, 5, 2)]
+    assert torch.equal(torch.cat(pieces), put)
+
+
+def test_regions_that_are_kept_of_what_is_kept():
+    given = torch.rand(3, 32, 48, 3)
+    left, top = torch.ones(3, 2, 3, dtype=torch.bool), torch.ones(3, 2, 3, dtype=torch.bool)
+    left[:, :, 0], top[1:, 0] = False, False
+    first = Originals().with_frames(given).within(keep_blocks=left)
+    both = first.within(keep_blocks=top)
+    assert torch.equal(both.kept_blocks, left & top)
+    assert not both.kept_frames.any()
+    frames_too = both.within(keep_video_mask=torch.tensor([True, False, True]))
+    assert not frames_too.kept_blocks[1].any()
+    assert frames_too.kept_blocks[2].any()
+    none = both.within(keep_blocks=torch.zeros_like(left))
+    assert none.kept_blocks is None
+    other = Originals().with_frames(torch.rand(3, 32, 48, 3)).within(keep_blocks=~left)
+    merged = first.merged(other)
+    made = torch.full_like(given, 0.5)
+    put = merged.put_frames(made.clone())
+    assert torch.equal(put[:, :, 16:], given[:, :, 16:])
+    assert torch.equal(put[:, :, :16], other.frames[:, :, :16])
 
 
 def test_frames_that_do_not_fit_are_refused():

@@ -413,6 +413,10 @@ def test_a_retake_of_a_region(models, finished):
     before, after = parts(latent)[0], parts(done)[0]
     assert torch.equal(before[..., 2:], after[..., 2:])
     assert not (before[:, :, 3:5, :, :2] == after[:, :, 3:5, :, :2]).all(dim=1).any()
+    decoded = frames_of(done, models)[0]
+    assert torch.equal(decoded[:, :, 32:], frames[:, :, 32:])
+    assert not torch.equal(decoded[9:17, :, :24], frames[9:17, :, :24])
+    assert torch.equal(decoded[:9], frames[:9])
     with pytest.raises(ValueError, match="black"):
         retake(latent, mask=torch.zeros(1, HEIGHT, WIDTH))
     with pytest.raises(ValueError, match="3 masks"):
