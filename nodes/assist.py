@@ -79,7 +79,11 @@ class NavaRewritePrompt(io.ComfyNode):
                 ),
                 *chat_inputs(),
                 io.Combo.Input(
-                    "mode", options=list(MODES), default=BOTH, optional=True, tooltip="What the clip is to have."
+                    "mode",
+                    options=list(MODES),
+                    default=BOTH,
+                    optional=True,
+                    tooltip="What the clip is to have, as in NAVA Empty Latent.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -146,7 +150,11 @@ class NavaCaptionImage(io.ComfyNode):
                     tooltip="A CLIP that can generate text and takes pictures, as Generate Text takes it.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="caption", tooltip="One paragraph, for visual or a draft.")],
+            outputs=[
+                io.String.Output(
+                    display_name="caption", tooltip="One paragraph, for visual in NAVA Structured Prompt or a draft."
+                )
+            ],
         )
 
     @classmethod

@@ -22,12 +22,12 @@ class NavaDecodeVideo(io.ComfyNode):
             "come out as they were given.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From NAVA Sampler."),
-                io.Vae.Input("vae", tooltip="The Wan2.2 video VAE."),
+                io.Vae.Input("vae", tooltip="From NAVA Load Video VAE."),
                 io.Combo.Input(
                     "decoding",
                     options=list(CHOICES),
                     default=CHOICES[0],
-                    tooltip="auto: whole frames where there is memory for them, else tiles. whole, tiled: begin so.",
+                    tooltip="auto: whole frames where memory allows, else tiles. whole, tiled: begin with that.",
                 ),
                 io.Int.Input(
                     "tile_size",
@@ -91,7 +91,7 @@ class NavaMux(io.ComfyNode):
             node_id="NavaMux",
             display_name="NAVA Mux",
             category=category("decode"),
-            description="Joins frames and sound to a clip for Save Video: equal lengths, right colours, whole files.",
+            description="Joins frames and sound into a clip for Save Video: equal lengths, right colours, whole files.",
             search_aliases=["create video", "combine"],
             inputs=[
                 io.Image.Input("frames", tooltip="From NAVA Decode Video."),

@@ -104,7 +104,7 @@ class NavaGivenFrames(io.ComfyNode):
                     tooltip="One picture, or frames that follow one another; scaled to cover the clip and "
                     "centre-cropped. All clips of a batch get the same.",
                 ),
-                io.Vae.Input("vae", tooltip="The Wan2.2 video VAE."),
+                io.Vae.Input("vae", tooltip="From NAVA Load Video VAE."),
                 io.Combo.Input(
                     "place",
                     options=PLACES,
@@ -199,13 +199,13 @@ class NavaContinue(io.ComfyNode):
             search_aliases=["extend", "longer", "long video", "next segment"],
             inputs=[
                 io.Image.Input("frames", tooltip="The whole clip so far, from NAVA Decode Video or NAVA Join."),
-                io.Latent.Input("latent", tooltip="The next segment, from NAVA Empty Latent: empty."),
-                io.Vae.Input("vae", tooltip="The Wan2.2 video VAE."),
+                io.Latent.Input("latent", tooltip="The next segment, still empty: from NAVA Empty Latent."),
+                io.Vae.Input("vae", tooltip="From NAVA Load Video VAE."),
                 io.Combo.Input(
                     "hold",
                     options=list(HOLDS),
                     default=HOLDS[0],
-                    tooltip="Bring the colours, or colours and sharpness, of that frame back to those of the clip's "
+                    tooltip="Brings the last frame's colours, or colours and sharpness, back to those of the clip's "
                     "beginning, against drift over many segments.",
                 ),
                 *soundtrack_inputs("of which this segment gets its part. None: the sound is made."),

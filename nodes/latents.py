@@ -29,7 +29,7 @@ class NavaEmptyLatent(io.ComfyNode):
                     tooltip="Length of the clip. The model was trained up to 10 s.",
                 ),
                 io.Combo.Input(
-                    "preset", options=[*PRESETS, CUSTOM], tooltip="Size of the picture; custom takes the two below."
+                    "preset", options=[*PRESETS, CUSTOM], tooltip="Size of the picture; custom takes width and height."
                 ),
                 io.Int.Input(
                     "width", default=1280, min=32, max=4096, step=16, tooltip="For custom; multiples of 32 suit best."
@@ -38,7 +38,10 @@ class NavaEmptyLatent(io.ComfyNode):
                     "height", default=704, min=32, max=4096, step=16, tooltip="For custom; multiples of 32 suit best."
                 ),
                 io.Combo.Input(
-                    "mode", options=list(MODES), default="video and audio", tooltip="What the clip is to have."
+                    "mode",
+                    options=list(MODES),
+                    default="video and audio",
+                    tooltip="What the clip is to have: picture, sound or both.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Clips made at once."),
             ],
@@ -72,7 +75,7 @@ class NavaFirstFrame(io.ComfyNode):
             inputs=[
                 io.Latent.Input("latent", tooltip="From NAVA Empty Latent."),
                 io.Image.Input("image", tooltip="The first frame. It is scaled to cover the clip and centre-cropped."),
-                io.Vae.Input("vae", tooltip="The Wan2.2 video VAE."),
+                io.Vae.Input("vae", tooltip="From NAVA Load Video VAE."),
                 io.Combo.Input(
                     "size",
                     options=list(SCALES),

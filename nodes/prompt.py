@@ -60,10 +60,18 @@ class NavaSpeechSpan(io.ComfyNode):
                 text_input("emotion", "The mood it is said in.", placeholder="calm, amused"),
                 text_input("pace", "How fast it is said.", placeholder="slowly, with pauses"),
                 text_input("position", "Where it is heard from.", placeholder="close, from the left"),
-                Timbre.Input("timbre", optional=True, tooltip="A reference voice from NAVA Encode Timbre."),
-                preset_input("emotion_preset", "emotion", "A ready mood, in the prompt's language; before emotion."),
-                preset_input("pace_preset", "pace", "A ready pace, in the prompt's language; before pace."),
-                preset_input("place_preset", "place", "A ready place in the sound field; before position."),
+                Timbre.Input(
+                    "timbre", optional=True, tooltip="A reference voice, from NAVA Encode Timbre or NAVA Load Timbre."
+                ),
+                preset_input(
+                    "emotion_preset", "emotion", "A ready mood, in the prompt's language; your emotion is added to it."
+                ),
+                preset_input(
+                    "pace_preset", "pace", "A ready pace, in the prompt's language; your pace is added to it."
+                ),
+                preset_input(
+                    "place_preset", "place", "A ready place in the sound field; your position is added to it."
+                ),
             ],
             outputs=[Span.Output(display_name="span")],
         )
@@ -93,7 +101,7 @@ class NavaStructuredPrompt(io.ComfyNode):
             node_id="NavaStructuredPrompt",
             display_name="NAVA Structured Prompt",
             category=category("prompt"),
-            description="Joins what is seen, how it moves, the camera, the speech and the sound to one paragraph.",
+            description="Joins what is seen, how it moves, the camera, the speech and the sound into one paragraph.",
             inputs=[
                 text_input("visual", "What is seen: people, things, place, light, style.", lines=True),
                 text_input("dynamics", "What happens, in order.", lines=True),
@@ -109,11 +117,11 @@ class NavaStructuredPrompt(io.ComfyNode):
                     "no_speech",
                     default=False,
                     optional=True,
-                    tooltip="Say that nobody speaks; without it the model may let someone.",
+                    tooltip="Says that nobody speaks; without it the model may let someone speak.",
                 ),
-                preset_input("shot", "shot", "A ready framing, in the prompt's language; before camera."),
-                preset_input("movement", "movement", "A ready movement of the camera; before camera."),
-                preset_input("sound_field", "sound_field", "A ready room or width of the sound; before audio."),
+                preset_input("shot", "shot", "A ready framing, in the prompt's language; camera is added to it."),
+                preset_input("movement", "movement", "A ready movement of the camera; camera is added to it."),
+                preset_input("sound_field", "sound_field", "A ready room or width of the sound; audio is added to it."),
                 io.Autogrow.Input(
                     "spans",
                     template=io.Autogrow.TemplatePrefix(
@@ -175,8 +183,8 @@ class NavaEncodePrompt(io.ComfyNode):
                     options=list(NEGATIVE_TERMS),
                     default=NO_TERMS,
                     optional=True,
-                    tooltip="For a negative: adds this pack's terms for common faults to your text. Clips with a "
-                    "picture take picture and sound, Chinese; audio-only clips sound, Chinese.",
+                    tooltip="For a negative: adds this pack's terms for common faults to your text. For clips with "
+                    "a picture choose picture and sound, Chinese; for audio-only clips sound, Chinese.",
                 ),
                 io.Float.Input(
                     "seconds",
@@ -185,8 +193,8 @@ class NavaEncodePrompt(io.ComfyNode):
                     max=60.0,
                     step=0.5,
                     optional=True,
-                    tooltip="Length of the clip, as in NAVA Empty Latent: says whether the speech fits. 0: not said, "
-                    "the usual 6 s are assumed. It changes only the report.",
+                    tooltip="Length of the clip, as in NAVA Empty Latent, to check that the speech fits. 0: 6 s are "
+                    "assumed. It changes only the report.",
                 ),
                 Spans.Input(
                     "spans",
@@ -196,7 +204,9 @@ class NavaEncodePrompt(io.ComfyNode):
                 io.Autogrow.Input(
                     "voices",
                     template=io.Autogrow.TemplatePrefix(
-                        Timbre.Input("voice", tooltip="A reference voice from NAVA Encode Timbre."),
+                        Timbre.Input(
+                            "voice", tooltip="A reference voice, from NAVA Encode Timbre or NAVA Load Timbre."
+                        ),
                         "voice",
                         min=0,
                         max=MAX_SPANS,

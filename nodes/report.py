@@ -27,7 +27,7 @@ class NavaReport(io.ComfyNode):
                     "prompt",
                     optional=True,
                     force_input=True,
-                    tooltip="The clip's prompt: what is said in it is compared with its speech spans.",
+                    tooltip="The clip's prompt: its speech spans are compared with what is heard.",
                 ),
                 io.String.Input(
                     "transcript",
@@ -38,7 +38,7 @@ class NavaReport(io.ComfyNode):
                 SpeakerEncoder.Input(
                     "speaker_encoder",
                     optional=True,
-                    tooltip="From NAVA Load Speaker Encoder; with voices it says how like them the speech sounds.",
+                    tooltip="From NAVA Load Speaker Encoder: with it, speech is compared with the voices.",
                 ),
                 io.Autogrow.Input(
                     "voices",

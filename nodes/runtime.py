@@ -57,8 +57,8 @@ class NavaOffload(io.ComfyNode):
             node_id="NavaOffload",
             display_name="NAVA Offload",
             category=category("runtime"),
-            description="Says where each model works and how much of the backbone stays on the GPU. As it is, it "
-            "chooses by itself and tells what.",
+            description="Says where each model works and how much of the backbone stays on the GPU. Left as it "
+            "is, it chooses by itself and says what.",
             search_aliases=["nava", "low vram", "block swap", "memory", "device", "multi gpu", "cpu"],
             inputs=[
                 io.Model.Input("model", tooltip="From NAVA Load Backbone; LoRAs go between that node and this one."),
@@ -100,7 +100,7 @@ class NavaOffload(io.ComfyNode):
                 io.Clip.Output(),
                 io.Vae.Output(display_name="video VAE"),
                 io.Vae.Output(display_name="audio VAE"),
-                io.String.Output(display_name="choices"),
+                io.String.Output(display_name="choices", tooltip="What works where, with figures."),
             ],
         )
 

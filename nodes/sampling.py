@@ -29,7 +29,7 @@ def guidance_inputs() -> list:
         io.Boolean.Input(
             "alignment",
             default=True,
-            tooltip="Set picture and sound against each other, so that they fit. Off, it saves a prediction a step.",
+            tooltip="Guides picture and sound to fit each other. Off, a step takes one prediction less.",
         ),
         scale_input("video_text", 3.0, "How closely the picture follows the prompt."),
         scale_input("video_align", 3.0, "How closely the picture follows the sound."),
@@ -39,7 +39,7 @@ def guidance_inputs() -> list:
     ]
     for term, scales in TERMS.items():
         names = " and ".join(scales)
-        for end, default in (("start", 0.0), ("end", 1.0)):
+        for end, default, does in (("start", 0.0, "begins"), ("end", 1.0, "ends")):
             inputs.append(
                 io.Float.Input(
                     f"{term}_{end}",
@@ -48,7 +48,7 @@ def guidance_inputs() -> list:
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip=f"Where in the run {names} {end}s acting, 0 to 1.",
+                    tooltip=f"Where in the run, from 0 to 1, guidance by {names} {does}.",
                 )
             )
     return inputs
@@ -79,7 +79,7 @@ def step_inputs() -> list:
             max=100.0,
             step=0.1,
             advanced=True,
-            tooltip="How much of the schedule is spent at high noise.",
+            tooltip="How much of the schedule is spent at high noise; higher is more.",
         ),
     ]
 
@@ -152,7 +152,7 @@ class NavaSigmas(io.ComfyNode):
             node_id="NavaSigmas",
             display_name="NAVA Sigmas",
             category=category("sampling"),
-            description="NAVA's own noise schedule.",
+            description="NAVA's own noise schedule, for SamplerCustomAdvanced.",
             inputs=[
                 *step_inputs(),
                 preset_input("its own 4 noise levels, for the stock euler sampler."),
@@ -175,7 +175,7 @@ class NavaUniPC(io.ComfyNode):
             node_id="NavaUniPC",
             display_name="NAVA UniPC",
             category=category("sampling"),
-            description="The solver NAVA was released with: flow-matching UniPC of order 2.",
+            description="The solver NAVA was released with, flow-matching UniPC of order 2, for SamplerCustomAdvanced.",
             inputs=[],
             outputs=[io.Sampler.Output()],
         )
@@ -203,7 +203,7 @@ class NavaSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The noise that the clip is made from.",
+                    tooltip="The noise that the clip is made from; another seed gives another clip.",
                 ),
                 *step_inputs(),
                 *guidance_inputs(),

@@ -67,7 +67,7 @@ class NavaSaveTimbre(io.ComfyNode):
                     "existing",
                     options=[KEEP_BOTH, REPLACE],
                     default=KEEP_BOTH,
-                    tooltip="Where there is another voice of that name. keep both: the new one gets a number; "
+                    tooltip="What to do if another voice has that name. keep both: the new one gets a number; "
                     "replace: the old one is lost.",
                 ),
             ],
@@ -97,7 +97,7 @@ class NavaLoadTimbre(io.ComfyNode):
                 SpeakerEncoder.Input(
                     "speaker_encoder",
                     optional=True,
-                    tooltip="Connect NAVA Load Speaker Encoder to have a voice refused that another one made; "
+                    tooltip="Connect NAVA Load Speaker Encoder to refuse a voice that another encoder made; "
                     "otherwise not needed.",
                 ),
             ],

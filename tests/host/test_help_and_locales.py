@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import struct
 import urllib.error
 import urllib.request
 
@@ -14,6 +15,9 @@ LANGUAGES = ("en", "zh")
 AUTOGROW = "COMFY_AUTOGROW_V3"
 HAN = re.compile(r"[\u4e00-\u9fff]")
 CODE = re.compile(r"`[^`]*`")
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
+PNG_START = b"\x89PNG\r\n\x1a\n"
+ALL_PICTURES_BYTES = 250_000
 QUOTED_ERROR = re.compile(r"\*[\"“](.+?)[\"”]\*")
 
 
@@ -40,6 +44,21 @@ def page(comfy):
             except urllib.error.HTTPError as error:
                 pytest.fail(f"{path}: {error}")
         return read[path]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def picture(comfy):
+    """(content type, bytes) of a help page's picture: the canvas takes links from the English pages' folder, always."""
+
+    def get(link: str) -> tuple[str, bytes]:
+        address = f"http://127.0.0.1:{comfy.port}/extensions/{PACK_FOLDER}/docs/{link}"
+        try:
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                return answer.headers.get_content_type(), answer.read()
+        except urllib.error.HTTPError as error:
+            pytest.fail(f"{link}: {error}")
 
     return get
 
@@ -114,6 +133,17 @@ def test_pages_explain_every_choice(nodes, page, language):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
+def test_each_page_shows_the_picture_of_its_node(nodes, page, picture, language):
+    for name, node in nodes.items():
+        label = node["display_name"] if language == "en" else locale(language)[name]["display_name"]
+        assert PICTURE.findall(page(name, language)) == [(label, f"{name}/node.png")], f"{name} ({language})"
+        kind, data = picture(f"{name}/node.png")
+        assert (kind, data[:8]) == ("image/png", PNG_START), name
+        width, height = struct.unpack(">II", data[16:24])
+        assert width <= 440, f"{name}: {width} x {height} is wider than the panel that shows it"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_pages_quote_errors_that_exist(nodes, page, messages, language):
     quoted = 0
     for name in nodes:
@@ -144,6 +174,11 @@ def test_there_is_no_page_of_a_node_that_is_gone(nodes):
     assert {path.stem for path in docs.glob("*.md")} == set(nodes)
     assert {path.parent.name for path in docs.glob("*/*.md")} == set(nodes)
     assert {path.name for path in docs.glob("*/*.md")} == {f"{each}.md" for each in LANGUAGES if each != "en"}
+    pictures = [path for path in docs.rglob("*") if path.is_file() and path.suffix != ".md"]
+    assert sorted(path.relative_to(docs).as_posix() for path in pictures) == sorted(
+        f"{name}/node.png" for name in nodes
+    )
+    assert sum(path.stat().st_size for path in pictures) < ALL_PICTURES_BYTES
 
 
 # ---------------------------------------------------------------- tooltips and translations
