@@ -25,7 +25,7 @@ pytest.importorskip("transformers", reason="the standalone text encoder needs tr
 ROLES = ("backbone", "text_encoder", "video_vae", "audio_vae", "speaker_encoder")
 LONG = {"seconds": 1.0, "segment": 0.5, "width": 64, "height": 64, "size_from_image": False, "steps": 1, "seed": 5}
 PROMPTS = ["A bell.", "A drum."]
-FRAMES, RATE = 25, 22050
+FRAMES, RATE = 25, 32_000
 
 
 @pytest.fixture(scope="module")
