@@ -42,6 +42,8 @@ PROMPTS = [
     "closed oddly <S>Bonjour à tous</S> café ½ naïve",
     "<S>" + "word " * 40 + "<E>",
     "long " * 500,
+    "他说：＜S＞你好。＜E＞ then <s>hello</s> <S>yes<E>",
+    "<S>" * 30,
     "emoji 🎬 then <S>Grüße 🎤 aus Köln<E>",
 ]
 
@@ -101,6 +103,18 @@ def test_all_faults_are_told_and_the_first_is_what_parsing_raises():
     assert [problem.code for problem in problems] == ["nested", "unopened", "empty", "reserved", "unclosed"]
     assert [prompt[problem.position] for problem in problems] == list("<<<<<")
     assert all(problem.severity == "error" for problem in problems)
+
+
+@pytest.mark.parametrize("mark", ["＜S＞", "<s>", "＜Ｅ＞", "< E >", "</s>", "<／S>"])
+def test_marks_that_are_none_are_told_of(mark):
+    said = check_prompt(f"She says {mark}hello")
+    assert [(problem.code, problem.position) for problem in said.problems] == [("misspelt", 9)]
+    assert mark in said.speech_warnings()[0]
+    assert not check_prompt("She <so> says <S>yes</S> and <S>no<E>").problems
+
+
+def test_of_many_faults_the_first_are_told():
+    assert len(check_prompt("<S>" * 20_000).problems) == 20 + 1, "and that it is too long"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +237,7 @@ def test_the_canvas_has_the_same_rates_and_rules():
     if not shutil.which("node"):
         pytest.skip("no node: install Node.js to run the canvas's own check")
     names = [
-        *((check_module, name) for name in ("MAX_TOKENS", "USUAL_CLIP_SECONDS")),
+        *((check_module, name) for name in ("MAX_TOKENS", "USUAL_CLIP_SECONDS", "MAX_FAULTS")),
         *((check_module, f"TOKENS_A_{name}") for name in ("WORD", "CHARACTER", "SIGN", "SPAN")),
         *((time_module, name) for name in ("WORDS_A_SECOND", "CHARACTERS_A_SECOND", "HURRY")),
     ]
@@ -255,5 +269,5 @@ def test_the_canvas_has_the_same_rates_and_rules():
 def test_both_languages_have_words_for_every_problem():
     texts = (JS / "prompt_texts.js").read_text(encoding="utf-8")
     codes = ["nested", "unopened", "empty", "reserved", "unclosed", "no_span", "too_many_voices", "too_few_voices"]
-    codes += ["too_long", "span_lost", "span_part", "too_much_speech", "hurried_speech", "marks"]
+    codes += ["misspelt", "too_long", "span_lost", "span_part", "too_much_speech", "hurried_speech", "marks"]
     assert [code for code in codes if texts.count(f"\n    {code}: ") != 2] == []
