@@ -872,6 +872,24 @@ def test_a_batch_takes_the_draft_where_the_answer_will_not_do(tmp_path):
     assert len(pipeline.requests) == 3
 
 
+def test_a_line_whose_picture_cannot_be_read_stops_no_other(tmp_path, monkeypatch):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    lines = ({"id": "a", "prompt": "A cat.", "image_path": "broken.png"}, {"id": "b", "prompt": "A dog."})
+    with ChatStandIn(QUIET) as stand_in:
+        pipeline = FakePipeline()
+        batch(tmp_path, stand_in, pipeline, *lines)
+        assert len(stand_in.requests) == 1
+        assert pipeline.requests[-1]["prompt"] == QUIET
+
+        def unreadable(path):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("nava_core.rewrite.batch.file_digest", unreadable)
+        lines = (lines[0], {"id": "c", "prompt": "A bird."})
+        batch(tmp_path, stand_in, pipeline, *lines)
+    assert len(stand_in.requests) == 2
+
+
 def test_a_batch_stops_before_it_begins_where_nobody_answers(tmp_path):
     with ChatStandIn(QUIET, refusing) as stand_in:
         pipeline = FakePipeline()
