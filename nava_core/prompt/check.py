@@ -76,8 +76,12 @@ class PromptCheck:
         return asdict(self)
 
     def speech_warnings(self) -> list[str]:
-        """What is to be said where the speech is too long for the clip, or its marks are misspelt."""
-        return [problem.message for problem in self.problems if problem.code in (TOO_MUCH, MISSPELT)]
+        """What is to be said where the speech is too long for the clip."""
+        return [problem.message for problem in self.problems if problem.code == TOO_MUCH]
+
+    def mark_warnings(self) -> list[str]:
+        """What is to be said where a speech mark is misspelt, so that its words are no speech."""
+        return [problem.message for problem in self.problems if problem.code == MISSPELT]
 
     def speech_line(self) -> str:
         """A line on the speech's length; "" where nobody speaks."""

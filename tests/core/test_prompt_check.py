@@ -109,7 +109,7 @@ def test_all_faults_are_told_and_the_first_is_what_parsing_raises():
 def test_marks_that_are_none_are_told_of(mark):
     said = check_prompt(f"She says {mark}hello")
     assert [(problem.code, problem.position) for problem in said.problems] == [("misspelt", 9)]
-    assert mark in said.speech_warnings()[0]
+    assert mark in said.mark_warnings()[0]
     assert not check_prompt("She <so> says <S>yes</S> and <S>no<E>").problems
 
 
