@@ -72,15 +72,18 @@ def _as_mark(found: re.Match) -> str:
 
 
 def _without_thinking(text: str) -> str:
-    said, since, thinks = "", 0, False
+    said, since, thinks = [], 0, False
     for mark in _THOUGHT.finditer(text):
         if mark[1]:
-            said = said if thinks else ""  # else the opening mark was part of the template
+            if not thinks:  # the opening mark was part of the template
+                said.clear()
             since, thinks = mark.end(), False
         elif not thinks:
-            said, thinks = said + text[since : mark.start()], True
-    text = said if thinks else said + text[since:]  # it never came to an end
-    return _CONTROL.sub("", _CHANNEL.sub("", text))
+            said.append(text[since : mark.start()])
+            thinks = True
+    if not thinks:  # else it never came to an end
+        said.append(text[since:])
+    return _CONTROL.sub("", _CHANNEL.sub("", "".join(said)))
 
 
 def _paragraphs(text: str) -> list[str]:

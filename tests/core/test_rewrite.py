@@ -166,10 +166,12 @@ def test_only_the_paragraph_is_kept(said, kept):
     assert clean_answer(said) == kept
 
 
-@pytest.mark.parametrize("piece", ["<think>", "```", 'says "', "说", "Sure ", "- \t", "<S>a<E>", "He goes. "])
+@pytest.mark.parametrize(
+    "piece", ["<think>", "a<think></think>", "```", 'says "', "说", "Sure ", "- \t", "<S>a<E>", "He goes. "]
+)
 def test_an_answer_without_an_end_is_judged_at_once(piece):
     begun = time.monotonic()
-    prompt = clean_answer(piece * (400_000 // len(piece)))
+    prompt = clean_answer(piece * (4_000_000 // len(piece)))
     speech_faults(prompt, ["a"])
     mark_quoted_speech(prompt.replace("<", " "))
     shortened(prompt, [])
