@@ -29,7 +29,7 @@ const EXCERPT = 24;
 const count = (text, pattern) => (text.match(pattern) ?? []).length;
 
 export function excerpt(text) {
-  return [...text].slice(0, EXCERPT).join("").split(/\s+/).filter(Boolean).join(" ");
+  return [...text.slice(0, 2 * EXCERPT)].slice(0, EXCERPT).join("").split(/\s+/).filter(Boolean).join(" ");
 }
 
 export function hasMarks(text) {

@@ -233,21 +233,11 @@ def test_an_unknown_preset_is_one_sentence():
 # --- the canvas's copy
 
 
-def test_the_canvas_has_the_same_rates_and_rules():
+def by_the_canvas(script):
+    """What a script prints that has the canvas's own check as ``js``."""
     if not shutil.which("node"):
         pytest.skip("no node: install Node.js to run the canvas's own check")
-    names = [
-        *((check_module, name) for name in ("MAX_TOKENS", "USUAL_CLIP_SECONDS", "MAX_FAULTS")),
-        *((check_module, f"TOKENS_A_{name}") for name in ("WORD", "CHARACTER", "SIGN", "SPAN")),
-        *((time_module, name) for name in ("WORDS_A_SECOND", "CHARACTERS_A_SECOND", "HURRY")),
-    ]
-    cases = [[prompt, voices, seconds] for prompt in PROMPTS for voices, seconds in ((0, 0), (2, 6), (1, 4.5))]
-    script = f"""
-        const js = await import({json.dumps((JS / "prompt_check.js").as_uri())});
-        const cases = {json.dumps(cases)};
-        const said = cases.map(([prompt, voices, seconds]) => js.checkPrompt(prompt, {{ voices, seconds }}));
-        console.log(JSON.stringify([{json.dumps([name for _, name in names])}.map((name) => js[name]), said]));
-    """
+    script = f"const js = await import({json.dumps((JS / 'prompt_check.js').as_uri())});{script}"
     done = subprocess.run(
         ["node", "--no-warnings", "--experimental-default-type=module", "--input-type=module", "-e", script],
         capture_output=True,
@@ -255,7 +245,27 @@ def test_the_canvas_has_the_same_rates_and_rules():
         timeout=60,
         check=True,
     )
-    rates, said = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_the_canvas_is_not_held_up_by_nonsense():
+    took = "const begun = Date.now(); js.checkPrompt('<S>'.repeat(20000)); console.log(Date.now() - begun);"
+    assert by_the_canvas(took) < 1500
+
+
+def test_the_canvas_has_the_same_rates_and_rules():
+    names = [
+        *((check_module, name) for name in ("MAX_TOKENS", "USUAL_CLIP_SECONDS", "MAX_FAULTS")),
+        *((check_module, f"TOKENS_A_{name}") for name in ("WORD", "CHARACTER", "SIGN", "SPAN")),
+        *((time_module, name) for name in ("WORDS_A_SECOND", "CHARACTERS_A_SECOND", "HURRY")),
+    ]
+    cases = [[prompt, voices, seconds] for prompt in PROMPTS for voices, seconds in ((0, 0), (2, 6), (1, 4.5))]
+    script = f"""
+        const cases = {json.dumps(cases)};
+        const said = cases.map(([prompt, voices, seconds]) => js.checkPrompt(prompt, {{ voices, seconds }}));
+        console.log(JSON.stringify([{json.dumps([name for _, name in names])}.map((name) => js[name]), said]));
+    """
+    rates, said = by_the_canvas(script)
     assert rates == [getattr(module, name) for module, name in names]
     for (prompt, voices, seconds), copy in zip(cases, said, strict=True):
         real = check_prompt(prompt, voices=voices, clip_seconds=seconds or None).as_dict()
