@@ -10,9 +10,11 @@ export const TOKENS_A_WORD = 1.35;
 export const TOKENS_A_CHARACTER = 0.75;
 export const TOKENS_A_SIGN = 1;
 export const TOKENS_A_SPAN = 7;
+export const MAX_FAULTS = 20;
 
 const CJK = "\\u3040-\\u30ff\\u3400-\\u4dbf\\u4e00-\\u9fff\\uac00-\\ud7af";
 const MARKS = /<S>|<E>|<\/S>|<extra_id_\d+>/g;
+const LIKE_MARKS = /(?!<S>|<E>|<\/S>)[<＜] ?[/／]?[sSeEｓＳｅＥ] ?[>＞]/;
 const SPAN_MARKS = /<S>|<E>|<\/S>/g;
 const SYLLABLES = new RegExp(`[${CJK}0-9]`, "gu");
 const SPOKEN_WORDS = new RegExp(
@@ -27,11 +29,11 @@ const EXCERPT = 24;
 const count = (text, pattern) => (text.match(pattern) ?? []).length;
 
 export function excerpt(text) {
-  return [...text].slice(0, EXCERPT).join("").split(/\s+/).filter(Boolean).join(" ");
+  return [...text.slice(0, 2 * EXCERPT)].slice(0, EXCERPT).join("").split(/\s+/).filter(Boolean).join(" ");
 }
 
 export function hasMarks(text) {
-  return count(text, MARKS) > 0;
+  return count(text.normalize("NFKC"), MARKS) > 0;
 }
 
 export function speechSeconds(words) {
@@ -89,6 +91,12 @@ function bind(spans, voices, problems) {
   else spans.forEach((span, i) => (span.voice = voices === 1 ? 1 : i + 1));
 }
 
+// The first mark in small letters or full-width signs: it marks no speech.
+function misspelt(prompt) {
+  const found = LIKE_MARKS.exec(prompt);
+  return found ? [{ code: "misspelt", severity: "warning", excerpt: found[0], values: {} }] : [];
+}
+
 function speechProblems(speech, clip) {
   const values = { speech, least: speech / HURRY, clip };
   if (values.least > clip) return [{ code: "too_much_speech", severity: "warning", values }];
@@ -97,8 +105,9 @@ function speechProblems(speech, clip) {
 
 // The same as the server's answer, its tokens estimated and what is cut not known.
 export function checkPrompt(prompt, { voices = 0, seconds = 0 } = {}) {
-  const { spans, problems } = scanSpans(prompt);
-  if (!problems.length) bind(spans, voices, problems);
+  const { spans, problems: faults } = scanSpans(prompt);
+  const problems = [...faults.slice(0, MAX_FAULTS), ...misspelt(prompt)];
+  if (!faults.length) bind(spans, voices, problems);
   const tokens = estimateTokens(prompt);
   if (tokens > MAX_TOKENS)
     problems.push({ code: "too_long", severity: "warning", values: { tokens, most: MAX_TOKENS } });

@@ -120,7 +120,6 @@ class NavaRewritePrompt(io.ComfyNode):
             logging.warning("NAVA rewrite: %s", report)
         if result.unavailable:
             note_failure(draft, language, backend, seed)
-            note_failure(None, language, backend, seed)
         shown = [report, result.prompt] if result.changed else [report]
         return io.NodeOutput(
             result.prompt,

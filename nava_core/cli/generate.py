@@ -122,12 +122,13 @@ def finish(pipeline: Any, make: Callable[..., Any], target: Path, kept: Path | N
 
 
 def _speech_notes(job: Any) -> list[str]:
-    """What there is to say where the speech is too long for the clip."""
+    """What there is to say where the speech is too long for the clip, or its marks are misspelt."""
     from ..prompt import check_prompt
 
+    check = check_prompt(" ".join([job.prompt, *job.then]), clip_seconds=job.seconds)
     if job.mode == "video" or not job.seconds:  # nothing is said, or the clip is as long as a file that is given
-        return []
-    return check_prompt(" ".join([job.prompt, *job.then]), clip_seconds=job.seconds).speech_warnings()
+        return check.mark_warnings()
+    return check.mark_warnings() + check.speech_warnings()
 
 
 def _keep(latents: Any, path: Path, progress: Progress) -> None:

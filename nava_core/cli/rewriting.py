@@ -55,18 +55,18 @@ def _temperature(text: str) -> float:
 
 def chat_backend(args: argparse.Namespace) -> Any:
     """The chat model that the command names, or the environment. Raises UsageError where there is none."""
+    import os
     from dataclasses import replace
 
-    from ..rewrite import BackendMissingError, ChatServer, LocalChat, ServerSettings, server_settings
+    from ..rewrite import BackendMissingError, ChatServer, LocalChat, server_settings
+    from ..rewrite.server import URL
 
     if args.chat_model is not None and (args.server is not None or args.server_model is not None):
         raise UsageError("Give --server or --chat-model, not both.")
     try:
         if args.chat_model is not None:
             return LocalChat(args.chat_model, args.chat_device)
-        settings = server_settings()
-        if args.server:
-            settings = replace(settings, url=args.server) if settings else ServerSettings(args.server)
+        settings = server_settings({**os.environ, URL: args.server} if args.server else os.environ)
         if settings is None:
             raise UsageError(
                 "No chat model to ask: give --server URL, set NAVA_REWRITE_URL, or give --chat-model FOLDER."

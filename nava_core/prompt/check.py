@@ -14,7 +14,8 @@ from .voices import BindingError, bind_voices
 MAX_TOKENS = 512
 USUAL_CLIP_SECONDS = 6.0  # taken where a clip's length is not known
 ERROR, WARNING, NOTE = "error", "warning", "note"
-TOO_MUCH, HURRIED = "too_much_speech", "hurried_speech"
+TOO_MUCH, HURRIED, MISSPELT = "too_much_speech", "hurried_speech", "misspelt"
+MAX_FAULTS = 20  # of the marks, that are told of: more help nobody
 
 # Tokens of umt5 as a rule of thumb, for where there is no tokenizer: assumed, not measured, and rather too many.
 TOKENS_A_WORD = 1.35
@@ -26,6 +27,7 @@ _HAN = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]")
 _WORD = re.compile(r"[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]+")
 _SIGN = re.compile(r"[^\w\s]|_")
 _MARKS = re.compile(r"<S>|<E>|</S>")
+_LIKE_MARKS = re.compile(r"(?!<S>|<E>|</S>)[<＜] ?[/／]?[sSeEｓＳｅＥ] ?[>＞]")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class PromptCheck:
         """What is to be said where the speech is too long for the clip."""
         return [problem.message for problem in self.problems if problem.code == TOO_MUCH]
 
+    def mark_warnings(self) -> list[str]:
+        """What is to be said where a speech mark is misspelt, so that its words are no speech."""
+        return [problem.message for problem in self.problems if problem.code == MISSPELT]
+
     def speech_line(self) -> str:
         """A line on the speech's length; "" where nobody speaks."""
         if not self.spans:
@@ -102,7 +108,8 @@ def check_prompt(
     (`RuntimeError`).
     """
     found, faults = scan_spans(prompt)
-    problems = [Problem(fault.kind, str(fault), ERROR, fault.position) for fault in faults]
+    problems = [Problem(fault.kind, str(fault), ERROR, fault.position) for fault in faults[:MAX_FAULTS]]
+    problems += _misspelt(prompt)
     binding = _binding(found, voices, assignment, problems) if not faults else [None] * len(found)
     tokens, fates = _tokens(prompt, found, faults, tokenizer, problems)
     most = tokenizer.max_length if tokenizer else MAX_TOKENS
@@ -135,6 +142,17 @@ def estimate_tokens(prompt: str) -> int:
         + len(_SIGN.findall(text)) * TOKENS_A_SIGN
         + marks * TOKENS_A_SPAN / 2
     )
+
+
+def _misspelt(prompt: str) -> list[Problem]:
+    """The first mark in small letters or full-width signs, as Chinese keyboards write them: it marks no speech."""
+    found = _LIKE_MARKS.search(prompt)
+    if not found:
+        return []
+    message = (
+        f"“{found[0]}” at character {found.start()} marks no speech: write <S>words<E>, in capitals and plain signs."
+    )
+    return [Problem(MISSPELT, message, WARNING, found.start())]
 
 
 def _binding(found: list[SpeechSpan], voices: int, assignment, problems: list[Problem]) -> list[int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from dataclasses import dataclass
 
 SPAN_START = "<S>"
@@ -137,8 +138,9 @@ def insert_sentinels(prompt: str) -> str:
 
 
 def contains_marks(text: str) -> bool:
-    """Whether `text` holds a speech mark or a reserved token, also when written with HTML entities."""
-    return _MARKS.search(html.unescape(html.unescape(text))) is not None
+    """Whether `text` holds a speech mark or a reserved token, also when written with HTML entities or full-width
+    signs: the text encoder reads these as the plain ones."""
+    return _MARKS.search(unicodedata.normalize("NFKC", html.unescape(html.unescape(text)))) is not None
 
 
 def clean_text(text: str) -> str:

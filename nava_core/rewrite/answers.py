@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import html
 import re
+import unicodedata
 
-_THINKING = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
-_THOUGHT_END = re.compile(r"^.*</(think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
-_THOUGHT_START = re.compile(r"<(think|thinking|thought|reasoning)>.*$", re.DOTALL | re.IGNORECASE)
+LONGEST = 8000  # characters that are looked at, several times those that fit the text encoder
+
+_THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 _CHANNEL = re.compile(r"^.*<\|channel\|>\s*final\s*<\|message\|>", re.DOTALL)
 _CONTROL = re.compile(r"<\|[^<>|]{1,40}\|>|<(?:start|end)_of_turn>|</?s>\s*$")
 _FENCED = re.compile(r"```[\w-]*[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
-_START_MARK = re.compile(r"<\s*[sS]\s*>")
-_END_MARK = re.compile(r"<\s*(?:/\s*[sSeE]|[eE])\s*>")
+_MARK = re.compile(r"[<＜]([^<>＜＞]{1,24})[>＞]")
+_UNSEEN = re.compile(  # terminal sequences, control signs but line ends and tabs, signs that turn the line round
+    r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
+)
 _NAMED = r"(?:prompt|version|rewrite|rewritten|paragraph|description|caption|text|result|answer|draft)"
 _LABEL = re.compile(
     r"^[\s>#*_\d.)•\-–]*(?:"
@@ -42,21 +46,44 @@ _QUOTES = (('"', '"'), ("“", "”"), ("「", "」"), ("'", "'"), ("‘", "’"
 
 def clean_answer(text: str) -> str:
     """The paragraph in an answer, on one line, speech marks in their own spelling; "" where there is none."""
-    text = _without_thinking(text.replace("\r\n", "\n").replace("\0", ""))
+    text = _without_thinking(_readable(text.replace("\r\n", "\n"))).strip()[:LONGEST]
     fenced = max(_FENCED.findall(text), key=len, default="")
     text = fenced if fenced.strip() else text.replace("```", "")
-    text = _END_MARK.sub("<E>", _START_MARK.sub("<S>", text))
+    text = _MARK.sub(_as_mark, text)
     text = _ONLY_POLITE.sub("", text.strip())
     text = _LABEL.sub("", text, count=1)
     lines = [_plain(line) for line in _paragraphs(text)]
     return _unquoted(" ".join(" ".join(lines).split()))
 
 
+def _readable(text: str) -> str:
+    """As the text encoder will read it, HTML entities resolved, so that no speech mark hides; without what could not be
+    shown or encoded."""
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # halves of signs, sent apart
+    return _UNSEEN.sub("", html.unescape(html.unescape(text)))
+
+
+def _as_mark(found: re.Match) -> str:
+    """A speech mark or reserved token in its own spelling, also where it was written with full-width signs."""
+    inside = "".join(unicodedata.normalize("NFKC", found[1]).split()).casefold()
+    if inside in ("s", "e", "/s", "/e"):
+        return "<S>" if inside == "s" else "<E>"
+    return f"<{inside}>" if re.fullmatch(r"extra_id_\d+", inside) else found[0]
+
+
 def _without_thinking(text: str) -> str:
-    text = _CHANNEL.sub("", _THINKING.sub("", text))
-    text = _THOUGHT_END.sub("", text)  # the opening mark was part of the template
-    text = _THOUGHT_START.sub("", text)  # it never came to an end
-    return _CONTROL.sub("", text)
+    said, since, thinks = [], 0, False
+    for mark in _THOUGHT.finditer(text):
+        if mark[1]:
+            if not thinks:  # the opening mark was part of the template
+                said.clear()
+            since, thinks = mark.end(), False
+        elif not thinks:
+            said.append(text[since : mark.start()])
+            thinks = True
+    if not thinks:  # else it never came to an end
+        said.append(text[since:])
+    return _CONTROL.sub("", _CHANNEL.sub("", "".join(said)))
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,23 @@ class BatchRewriter:
         if not isinstance(job, Job):
             return job
         found = [self._this_run.get(key) or self._file.records.get(key) for _, key in self._texts(job)]
-        return with_rewritten(job, found)
+        return with_rewritten(job, found) if found else job
 
     def _texts(self, job: Any) -> list[tuple[int, str]]:
-        """Number, from 0, and key of each prompt of a job: a long clip has several."""
+        """Number, from 0, and key of each prompt of a job: a long clip has several. None where its picture cannot be
+        read, for which it fails when it is made."""
         if not isinstance(job, Job):
             return []
-        return [(text, self._draft(job, text).key(self.backend.name)) for text in range(1 + len(job.then))]
+        with contextlib.suppress(OSError):
+            return [(text, self._draft(job, text).key(self.backend.name)) for text in range(1 + len(job.then))]
+        return []
 
     def _ask(self, key: str, number: int, job: Job, text: int) -> None:
-        result = rewrite(self.backend, self._draft(job, text, with_image=True), tokenizer=self.tokenizer)
+        try:
+            draft = self._draft(job, text, with_image=True)
+        except (ValueError, OSError):  # as in _texts
+            return
+        result = rewrite(self.backend, draft, tokenizer=self.tokenizer)
         if result.missing:
             raise BackendMissingError(f"Line {number} cannot be rewritten. {result.warning}")
         record = {"key": key, "draft": result.draft, "prompt": result.prompt, "by": self.backend.name}

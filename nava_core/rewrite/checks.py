@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 
@@ -18,10 +20,25 @@ SHORTEST = 0.6  # of the draft's length
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _SAYS = (
     r"(?:\b(?:(?:say|ask|shout|whisper|answer|call|exclaim|sing|speak|tell|announce|murmur|yell|mutter|add)(?:s|ed|ing)?|"
-    r"said|sang|told|spoke|repl(?:y|ies|ied|ying)|cr(?:y|ies|ied|ying))\b|[说道喊问答叫唱念讲])"
+    r"said|sang|told|spoke|repl(?:y|ies|ied|ying)|cr(?:y|ies|ied|ying))\b[^\"“”「」<>.!?。！？]{0,60})"
+)
+# A colon or comma leads to the words, or nothing: streets, novels and names have the characters of these verbs too
+_SAYS_IN_CHINESE = (
+    r"(?:(?:(?<![小传])[说喊问答唱讲叫]|(?<![纪观概信])念)[^\"“”「」<>.!?。！？，,：:]{0,12}[：:，,]\s*|"
+    r"(?<![街知大通隧轨管频河航跑车])道[：:，,]\s*|"
+    r"(?:(?<![小传])[说喊问答唱]|(?<![纪观概信])念|叫(?=道|着|了?一声))(?:道|着|出|了)?(?:一[声句])?)"
+)
+_WRITTEN = re.compile(
+    r"\b(?:reads?|reading|written|printed|painted|named|titled|label(?:s|led|ed)?)\b|[写刻印题]着|名[叫为]",
+    re.IGNORECASE,
+)
+_BEARER = re.compile(
+    r"\b(?:sign|signboard|label|banner|poster|plate|plaque|board|screen|sticker|card|note|shirt|book)s?"
+    r"(?:\s+(?:that|which))?\s+$",
+    re.IGNORECASE,
 )
 _IN_QUOTES = r"(?:\"([^\"<>]+)\"|“([^“”<>]+)”|「([^「」<>]+)」)"
-_QUOTED = re.compile(_SAYS + r"([^\"“”「」<>.!?。！？]{0,60})" + _IN_QUOTES, re.IGNORECASE)
+_QUOTED = re.compile(f"({_SAYS}|{_SAYS_IN_CHINESE})" + _IN_QUOTES, re.IGNORECASE)
 _REFUSAL = re.compile(
     r"^(?:i['’]?m sorry|sorry\b|i can(?:no|['’])t|i am (?:unable|sorry)|as an ai\b|抱歉|对不起|我无法|很遗憾)", re.I
 )
@@ -55,18 +72,25 @@ def measure(prompt: str, tokenizer: PromptTokenizer | None = None) -> Length:
 def mark_quoted_speech(draft: str) -> str:
     """A draft without speech spans, with what somebody in it says in quotation marks made into spans.
 
-    Only after a verb of saying in the same sentence: a sign that reads “OPEN” is left as it is.
+    Only after a verb of saying in the same sentence: a sign that says “OPEN” is left as it is, and a shop called
+    “Dawn” too.
     """
     if parse_spans(draft):
         return draft
 
     def span(found: re.Match) -> str:
-        words = next(group for group in found.groups()[1:] if group is not None)
-        if not words.strip():
-            return found[0]
-        return f"{found[0][: found.end(1) - found.start()]}{SPAN_START}{words.strip()}{SPAN_END}"
+        words = _spoken(found)
+        return f"{found[1]}{SPAN_START}{words}{SPAN_END}" if words else found[0]
 
     return _QUOTED.sub(span, draft)
+
+
+def _spoken(found: re.Match) -> str:
+    """What is said in a match of _QUOTED; "" where it is but a name or stands written somewhere."""
+    named = found[1].casefold().rstrip() == "called"
+    if named or _WRITTEN.search(found[1]) or _BEARER.search(found.string[: found.start()]):
+        return ""
+    return next(group for group in found.groups()[1:] if group is not None).strip()
 
 
 def speech_faults(prompt: str, expected: list[str]) -> list[str]:
@@ -94,6 +118,14 @@ def speech_faults(prompt: str, expected: list[str]) -> list[str]:
     if added:
         return [f"The speech {_quoted(added)} is not in the draft; leave it out."]
     return [f"Every passage of speech must come once, in this order: {_quoted(expected)}."]
+
+
+def unmarked_faults(prompt: str, draft: str) -> list[str]:
+    """That a prompt lets somebody speak in quotation marks what the draft does not, in a sentence; none where it
+    doesn't: the model may speak that too."""
+    unmarked = filter(None, map(_spoken, _QUOTED.finditer(described(prompt, "."))))
+    added = [words for words in unmarked if words not in described(draft)]
+    return [f"Speech was added in quotation marks: {_quoted(added)}; leave it out."] if added else []
 
 
 def restored(prompt: str, expected: list[str]) -> str:
@@ -134,18 +166,19 @@ def length_faults(length: Length, language: str) -> list[str]:
 
 def shortened(prompt: str, expected: list[str], tokenizer: PromptTokenizer | None = None) -> str | None:
     """A prompt that is too long, or was broken off, without its last sentences; None if speech would go with them."""
-    for end in reversed([found.end() for found in _SENTENCE_END.finditer(prompt)]):
-        kept = prompt[:end]
-        if speech_faults(kept, expected):
-            return None
-        if measure(kept, tokenizer).fits:
-            return kept
-    return None
+
+    def too_long(end: int) -> bool:
+        return not speech_faults(prompt[:end], expected) and not measure(prompt[:end], tokenizer).fits
+
+    ends = [found.end() for found in _SENTENCE_END.finditer(prompt)]
+    fitting = bisect_left(ends, True, key=too_long)
+    kept = prompt[: ends[fitting - 1]] if fitting else ""
+    return kept if kept and not speech_faults(kept, expected) else None
 
 
-def described(prompt: str) -> str:
+def described(prompt: str, instead: str = " ") -> str:
     """A prompt without its speech and speech marks."""
-    return re.sub(r"<S>.*?(?:<E>|</S>)|<S>|<E>|</S>", " ", prompt, flags=re.DOTALL).strip()
+    return re.sub(r"<S>.*?(?:<E>|</S>)|<S>|<E>|</S>", instead, prompt, flags=re.DOTALL).strip()
 
 
 def is_chinese(text: str) -> bool:
@@ -161,7 +194,7 @@ def _weight(text: str) -> int:
 
 def _folded(words: str) -> str:
     """What must be the same for two passages to be the same words."""
-    plain = unicodedata.normalize("NFKC", words).casefold()
+    plain = unicodedata.normalize("NFKC", html.unescape(html.unescape(words))).casefold()
     return "".join(c for c in plain if c.isalnum()) or "".join(plain.split())
 
 

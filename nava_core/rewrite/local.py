@@ -47,11 +47,21 @@ class LocalChat:
         devices = [self._model.device] if self._model.device.type == "cuda" else []
         with torch.inference_mode(), torch.random.fork_rng(devices):
             torch.manual_seed(question.seed % 2**63)
-            ids = self._model.generate(**inputs, **options)[0, before:]
+            ids = self._generated(inputs, options)[0, before:]
         text = self._reader.decode(ids, skip_special_tokens=True)
         if not text.strip():
             raise RewriteError(f"{self.name[:1].upper()}{self.name[1:]} answered nothing.")
         return Answer(text, len(ids) >= question.max_tokens, self.sees)
+
+    def _generated(self, inputs: Any, options: dict[str, Any]) -> Any:
+        """Raises RewriteError for what goes wrong in the model, which must not cost the draft."""
+        looks = options.get("stopping_criteria", [None])[0]
+        try:
+            return self._model.generate(**inputs, **options)
+        except Exception as error:
+            if looks is not None and looks.raised is error:
+                raise
+            raise RewriteError(f"{self.name[:1].upper()}{self.name[1:]} failed: {_line(error)}.") from error
 
     def close(self) -> None:
         """Lets the model's memory go; the next question loads it again."""
@@ -169,9 +179,14 @@ class _Looks:
 
     def __init__(self, step: Callable[[int, int], None], before: int, most: int):
         self.step, self.before, self.most = step, before, most
+        self.raised: Exception | None = None
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         import torch
 
-        self.step(input_ids.shape[1] - self.before, self.most)
+        try:
+            self.step(input_ids.shape[1] - self.before, self.most)
+        except Exception as error:
+            self.raised = error
+            raise
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -22,6 +22,7 @@ from .checks import (
     shortened,
     speech_faults,
     text_faults,
+    unmarked_faults,
 )
 
 AUTO = "auto"
@@ -161,7 +162,7 @@ class _Rewriting:
         faults = speech_faults(prompt, self.expected)
         if faults and not answer.truncated:
             return faults, None
-        faults += text_faults(prompt, self.marked, self.language)
+        faults += text_faults(prompt, self.marked, self.language) or unmarked_faults(prompt, self.marked)
         if answer.truncated:
             faults.append("It was broken off because it became too long: write less, and do not think aloud.")
         if not speech_faults(prompt, self.expected):

@@ -164,7 +164,7 @@ class ChatServer:
         if not text.strip():
             hint = ": it spent all its tokens on thinking, so allow more" if truncated else ""
             raise RewriteError(f"The chat server at {self._where} answered nothing{hint}.")
-        return Answer(text, truncated, model=self._model)
+        return Answer(text, truncated, model=_short(self._model))
 
     # --- on the thread of an exchange ---------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class _Exchange(threading.Thread):
             if "error" in piece:
                 raise RewriteError(f"The chat server at {self.server._where} failed: {_message(piece)}")
             for choice in piece.get("choices") or []:
-                self.events.put((choice.get("delta") or {}).get("content") or "")
+                self.events.put(_content(choice.get("delta")))
                 ended = ended or bool(choice.get("finish_reason"))
                 truncated = truncated or choice.get("finish_reason") == "length"
         if not ended:
@@ -272,7 +272,7 @@ class _Exchange(threading.Thread):
         choices = body.get("choices")
         if not choices:
             raise RewriteError(f"The chat server at {self.server._where} sent no answer: {_message(body)}")
-        self.events.put((choices[0].get("message") or {}).get("content") or "")
+        self.events.put(_content(choices[0].get("message")))
         return choices[0].get("finish_reason") == "length"
 
     def _first_model(self) -> str:
@@ -316,6 +316,15 @@ class _Exchange(threading.Thread):
         raise RewriteError(f"The chat server at {where} failed (HTTP {status}). {detail}{picture}".rstrip())
 
 
+def _content(message: dict | None) -> str:
+    """What a message says; some servers give it in parts. Raises TypeError for what is no text."""
+    content = (message or {}).get("content")
+    parts = [part.get("text") for part in content] if isinstance(content, list) else [content]
+    if not all(part is None or isinstance(part, str) for part in parts):
+        raise TypeError("its content is no text")
+    return "".join(part or "" for part in parts)
+
+
 def _server_sent(response: http.client.HTTPResponse) -> Iterator[str]:
     """The data of server-sent events."""
     read = 0
@@ -357,7 +366,7 @@ def _said(error: Exception) -> str:
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.split())
+    text = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
     return text if len(text) <= 200 else f"{text[:199]}…"
 
 

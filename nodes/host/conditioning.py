@@ -39,8 +39,10 @@ def encode_prompt(
     check = check_prompt(
         prompt, tokenizer=tokenizer, voices=len(voices), assignment=assignment, clip_seconds=seconds or None
     )
-    report = "\n".join(filter(None, [tokenized.report(binding), check.speech_line()]))
-    warnings = [report] if tokenized.is_cut else [] if check.clip_assumed else check.speech_warnings()
+    misspelt = check.mark_warnings()
+    report = "\n".join(filter(None, [tokenized.report(binding), check.speech_line(), *misspelt]))
+    said = misspelt + ([] if check.clip_assumed else check.speech_warnings())
+    warnings = [report] if tokenized.is_cut else said
     return encode_conditioning(clip, tokenized.ids, extras), report, warnings, check
 
 

@@ -202,17 +202,23 @@ def _progress():
 
 
 def note_failure(*own: Any) -> None:
-    """Remembers that a node with these settings of its own got no answer, so that the host runs it anew the next time.
-    None stands for a setting that comes over a link."""
+    """Remembers that a node with these settings of its own got no answer, so that the host runs it anew the next
+    time."""
     _failed[own] += 1
 
 
 def state_of(*own: Any) -> str:
     """What the host is to compare, besides a node's inputs, to know whether its result still stands: the configured
-    server, and how often there was no answer. Nothing of it can be read back."""
+    server, and how often there was no answer; None stands for a setting that comes over a link, which the host does not
+    know yet. Nothing of it can be read back."""
     try:
         server = configured_server()
         configured = "" if server is None else _identity(server)
     except ValueError as error:
         configured = str(error)
-    return hashlib.sha256(repr((configured, _failed[own])).encode()).hexdigest()
+    failed = sum(times for settings, times in _failed.items() if _may_be(own, settings))
+    return hashlib.sha256(repr((configured, failed)).encode()).hexdigest()
+
+
+def _may_be(own: tuple, settings: tuple) -> bool:
+    return len(own) == len(settings) and all(a is None or a == b for a, b in zip(own, settings, strict=True))

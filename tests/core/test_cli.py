@@ -183,6 +183,7 @@ def test_too_much_speech_is_said_before_the_run(nava, models):
     assert "Too much speech" in nava("generate", said, "--models", models, "--seconds", "6")[2]
     assert "Too much speech" not in nava("generate", said, "--models", models, "--seconds", "9")[2]
     assert "Too much speech" not in nava("generate", said, "--models", models, "--video-only")[2]
+    assert "“<s>” at character 8 marks no speech" in nava("generate", "He says <s>Hi<e>", "--models", models)[2]
 
 
 def test_a_device_that_is_not_there(nava, models):

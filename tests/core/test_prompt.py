@@ -323,7 +323,7 @@ def test_span_without_words_is_named(empty):
         StructuredPrompt(spans=[SpanSpec("a"), SpanSpec(empty)]).render()
 
 
-@pytest.mark.parametrize("mark", ["<S>", "<E>", "<extra_id_2>", "<extra_id_299>", "&lt;E&gt;"])
+@pytest.mark.parametrize("mark", ["<S>", "<E>", "<extra_id_2>", "<extra_id_299>", "&lt;E&gt;", "＜E＞"])
 @pytest.mark.parametrize("where", ["visual", "audio", "words", "speaker", "position"])
 def test_marks_inside_a_part_are_refused(mark, where):
     text = f"some {mark} text"

@@ -42,6 +42,8 @@ PROMPTS = [
     "closed oddly <S>Bonjour à tous</S> café ½ naïve",
     "<S>" + "word " * 40 + "<E>",
     "long " * 500,
+    "他说：＜S＞你好。＜E＞ then <s>hello</s> <S>yes<E>",
+    "<S>" * 30,
     "emoji 🎬 then <S>Grüße 🎤 aus Köln<E>",
 ]
 
@@ -101,6 +103,18 @@ def test_all_faults_are_told_and_the_first_is_what_parsing_raises():
     assert [problem.code for problem in problems] == ["nested", "unopened", "empty", "reserved", "unclosed"]
     assert [prompt[problem.position] for problem in problems] == list("<<<<<")
     assert all(problem.severity == "error" for problem in problems)
+
+
+@pytest.mark.parametrize("mark", ["＜S＞", "<s>", "＜Ｅ＞", "< E >", "</s>", "<／S>"])
+def test_marks_that_are_none_are_told_of(mark):
+    said = check_prompt(f"She says {mark}hello")
+    assert [(problem.code, problem.position) for problem in said.problems] == [("misspelt", 9)]
+    assert mark in said.mark_warnings()[0]
+    assert not check_prompt("She <so> says <S>yes</S> and <S>no<E>").problems
+
+
+def test_of_many_faults_the_first_are_told():
+    assert len(check_prompt("<S>" * 20_000).problems) == 20 + 1, "and that it is too long"
 
 
 @pytest.mark.parametrize(
@@ -219,21 +233,11 @@ def test_an_unknown_preset_is_one_sentence():
 # --- the canvas's copy
 
 
-def test_the_canvas_has_the_same_rates_and_rules():
+def by_the_canvas(script):
+    """What a script prints that has the canvas's own check as ``js``."""
     if not shutil.which("node"):
         pytest.skip("no node: install Node.js to run the canvas's own check")
-    names = [
-        *((check_module, name) for name in ("MAX_TOKENS", "USUAL_CLIP_SECONDS")),
-        *((check_module, f"TOKENS_A_{name}") for name in ("WORD", "CHARACTER", "SIGN", "SPAN")),
-        *((time_module, name) for name in ("WORDS_A_SECOND", "CHARACTERS_A_SECOND", "HURRY")),
-    ]
-    cases = [[prompt, voices, seconds] for prompt in PROMPTS for voices, seconds in ((0, 0), (2, 6), (1, 4.5))]
-    script = f"""
-        const js = await import({json.dumps((JS / "prompt_check.js").as_uri())});
-        const cases = {json.dumps(cases)};
-        const said = cases.map(([prompt, voices, seconds]) => js.checkPrompt(prompt, {{ voices, seconds }}));
-        console.log(JSON.stringify([{json.dumps([name for _, name in names])}.map((name) => js[name]), said]));
-    """
+    script = f"const js = await import({json.dumps((JS / 'prompt_check.js').as_uri())});{script}"
     done = subprocess.run(
         ["node", "--no-warnings", "--experimental-default-type=module", "--input-type=module", "-e", script],
         capture_output=True,
@@ -241,7 +245,27 @@ def test_the_canvas_has_the_same_rates_and_rules():
         timeout=60,
         check=True,
     )
-    rates, said = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_the_canvas_is_not_held_up_by_nonsense():
+    took = "const begun = Date.now(); js.checkPrompt('<S>'.repeat(20000)); console.log(Date.now() - begun);"
+    assert by_the_canvas(took) < 1500
+
+
+def test_the_canvas_has_the_same_rates_and_rules():
+    names = [
+        *((check_module, name) for name in ("MAX_TOKENS", "USUAL_CLIP_SECONDS", "MAX_FAULTS")),
+        *((check_module, f"TOKENS_A_{name}") for name in ("WORD", "CHARACTER", "SIGN", "SPAN")),
+        *((time_module, name) for name in ("WORDS_A_SECOND", "CHARACTERS_A_SECOND", "HURRY")),
+    ]
+    cases = [[prompt, voices, seconds] for prompt in PROMPTS for voices, seconds in ((0, 0), (2, 6), (1, 4.5))]
+    script = f"""
+        const cases = {json.dumps(cases)};
+        const said = cases.map(([prompt, voices, seconds]) => js.checkPrompt(prompt, {{ voices, seconds }}));
+        console.log(JSON.stringify([{json.dumps([name for _, name in names])}.map((name) => js[name]), said]));
+    """
+    rates, said = by_the_canvas(script)
     assert rates == [getattr(module, name) for module, name in names]
     for (prompt, voices, seconds), copy in zip(cases, said, strict=True):
         real = check_prompt(prompt, voices=voices, clip_seconds=seconds or None).as_dict()
@@ -255,5 +279,5 @@ def test_the_canvas_has_the_same_rates_and_rules():
 def test_both_languages_have_words_for_every_problem():
     texts = (JS / "prompt_texts.js").read_text(encoding="utf-8")
     codes = ["nested", "unopened", "empty", "reserved", "unclosed", "no_span", "too_many_voices", "too_few_voices"]
-    codes += ["too_long", "span_lost", "span_part", "too_much_speech", "hurried_speech", "marks"]
+    codes += ["misspelt", "too_long", "span_lost", "span_part", "too_much_speech", "hurried_speech", "marks"]
     assert [code for code in codes if texts.count(f"\n    {code}: ") != 2] == []

@@ -504,6 +504,12 @@ def test_a_quarter_of_the_words_wrong_is_a_fault():
     assert unasked.notes == ["Words were heard, but the prompt has none that were to be said."]
 
 
+def test_a_recogniser_that_goes_on_and_on_costs_no_other_figure():
+    heard = report_clip(None, talk(hum(110, 1.2)), 16000, prompt=TWO, transcript="yes " * 5001)
+    assert faults(heard) == {"words"}
+    assert heard.values["sound"]["loudness_lufs"] < 0
+
+
 # ---------------------------------------------------------------- the whole
 
 

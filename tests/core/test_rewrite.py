@@ -155,10 +155,27 @@ def test_the_instruction_follows_the_mode():
         ("<|channel|>analysis<|message|>Hm.<|end|><|channel|>final<|message|>A man walks.<|return|>", "A man walks."),
         ("Sure-footed goats climb: one falls.", "Sure-footed goats climb: one falls."),
         ("A woman: tall, in red. Her sign says: stop.", "A woman: tall, in red. Her sign says: stop."),
+        ("他说：＜S＞你好。＜／Ｓ＞", "他说：<S>你好。<E>"),
+        ("He says &lt;S&gt;Hi&amp;lt;/S&amp;gt; twice.", "He says <S>Hi<E> twice."),
+        ("A ＜extra_id_2＞ man.", "A <extra_id_2> man."),
+        ("A \x1b[31mred\x07 man\u202e walks.", "A red man walks."),
+        ("A man \ud83d\ude00 \ud83d.", "A man \U0001f600 \ufffd."),
     ],
 )
 def test_only_the_paragraph_is_kept(said, kept):
     assert clean_answer(said) == kept
+
+
+@pytest.mark.parametrize(
+    "piece", ["<think>", "a<think></think>", "```", 'says "', "说", "Sure ", "- \t", "<S>a<E>", "He goes. "]
+)
+def test_an_answer_without_an_end_is_judged_at_once(piece):
+    begun = time.monotonic()
+    prompt = clean_answer(piece * (4_000_000 // len(piece)))
+    speech_faults(prompt, ["a"])
+    mark_quoted_speech(prompt.replace("<", " "))
+    shortened(prompt, [])
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize(
@@ -169,6 +186,13 @@ def test_only_the_paragraph_is_kept(said, kept):
         ("女人说道：“你好。”", "女人说道：<S>你好。<E>"),
         ('A sign reads "OPEN".', 'A sign reads "OPEN".'),
         ('He says <S>Hi<E> by a sign "OPEN".', 'He says <S>Hi<E> by a sign "OPEN".'),
+        ('A shop called "Sunrise".', 'A shop called "Sunrise".'),
+        ('A sign says "OPEN".', 'A sign says "OPEN".'),
+        ('She calls "Help!"', "She calls <S>Help!<E>"),
+        ("街道上挂着“欢迎光临”的横幅。", "街道上挂着“欢迎光临”的横幅。"),
+        ("一家叫“晨光”的咖啡馆，小说封面写着“夜色”。", "一家叫“晨光”的咖啡馆，小说封面写着“夜色”。"),
+        ("他回答得很轻：“好。”", "他回答得很轻：<S>好。<E>"),
+        ("她轻声说“晚安”，孩子问了一句，“走吗？”", "她轻声说<S>晚安<E>，孩子问了一句，<S>走吗？<E>"),
     ],
 )
 def test_what_is_said_in_quotation_marks_is_speech(draft, marked):
@@ -323,6 +347,16 @@ def test_quoted_speech_is_kept_as_a_span_but_the_draft_as_typed():
     assert rewrite(Scripted(DROPPED), english(draft)).prompt == draft
 
 
+def test_speech_in_quotation_marks_is_not_added():
+    chatty = GOOD.replace("Rain patters", "A boy behind her says: “Wait for me!” Rain patters")
+    backend = Scripted(chatty)
+    result = rewrite(backend, english())
+    assert result.prompt == DRAFT
+    assert "Wait for me" in result.warning
+    assert "Wait for me" in backend.questions[1].turns[-1]
+    assert rewrite(Scripted(GOOD.replace("a wooden door", "a door of the inn called “Rest”")), english()).changed
+
+
 def test_what_is_too_long_is_asked_for_again_and_then_cut(tokenizer):
     colours = ("red", "blue", "amber", "white", "teal", "pink", "ochre", "black")
     more = " ".join(f"Lamp {i} of {i * 37 % 91} glows {colours[i % 8]} for {i * 13 % 29} beats." for i in range(90))
@@ -422,9 +456,23 @@ def failing_later(handler, request):
     handler.wfile.write(b'data: {"error": {"message": "out of pages"}}\n\n')
 
 
+def no_text(handler, request):
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/event-stream")
+    handler.end_headers()
+    ChatStandIn.piece(handler, {"delta": {"content": True}})
+    ChatStandIn.piece(handler, {"delta": {"content": 5}})
+
+
+def shouting(handler, request):
+    ChatStandIn.send_json(handler, {"error": "\x1b[2J\x07busy\ud800"}, 503)
+
+
 @pytest.mark.parametrize(
     ("answer", "words", "missing"),
     [
+        (no_text, "cannot be read.*no text", False),
+        (shouting, r"It says: \[2Jbusy$|It says: \[2Jbusy\.", False),
         (failing, "HTTP 500.*CUDA exploded", False),
         (refusing, "refuses the key.*NAVA_REWRITE_KEY", True),
         (unknown, "HTTP 404.*NAVA_REWRITE_MODEL", True),
@@ -456,6 +504,23 @@ def test_nobody_there():
     assert result.prompt == DRAFT
     assert result.missing
     assert "No chat server answers" in result.warning
+
+
+def test_an_answer_in_parts_is_read():
+    def parts(handler, request):
+        content = [{"type": "text", "text": GOOD[:40]}, {"type": "text", "text": GOOD[40:]}]
+        ChatStandIn.send_json(handler, {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
+
+    with ChatStandIn(parts) as stand_in:
+        assert rewrite(server(stand_in), english()).prompt == GOOD
+
+
+def test_a_servers_name_for_its_model_is_shown_short_and_plain():
+    with ChatStandIn(GOOD, models=["m\x1b[2J" + "x" * 5000]) as stand_in:
+        result = rewrite(server(stand_in), english())
+    assert result.changed
+    assert "\x1b" not in result.report()
+    assert len(result.report()) < 500
 
 
 def test_a_server_without_a_model():
@@ -635,6 +700,20 @@ def test_a_model_from_a_folder_answers(chat_folder):
     backend.close()
 
 
+def test_a_model_that_fails_costs_only_the_rewriting(chat_folder, monkeypatch):
+    backend = LocalChat(chat_folder, "cpu")
+    backend.ask(Question("Write.", ("A cat.",), max_tokens=2))
+
+    def fail(**_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(backend._model, "generate", fail)
+    result = rewrite(backend, english())
+    assert result.prompt == DRAFT
+    assert "failed: out of memory." in result.warning
+    assert result.unavailable
+
+
 def test_a_folder_may_bring_no_code_and_no_pickles(chat_folder, tmp_path):
     import shutil
 
@@ -678,6 +757,16 @@ def test_the_command(capsys, monkeypatch):
         out, err = capsys.readouterr()
         assert out == f"{DRAFT}\n"
         assert "used as it is" in err
+
+
+def test_the_environments_key_goes_to_the_commands_server(capsys, monkeypatch):
+    monkeypatch.delenv("NAVA_REWRITE_URL", raising=False)
+    monkeypatch.setenv("NAVA_REWRITE_KEY", "secret")
+    monkeypatch.setenv("NAVA_REWRITE_MODEL", "large")
+    with ChatStandIn(GOOD) as stand_in:
+        assert main(["rewrite", DRAFT, "--language", "en", "--server", stand_in.url]) == 0
+    assert stand_in.headers[0]["Authorization"] == "Bearer secret"
+    assert stand_in.requests[0]["model"] == "large"
 
 
 def test_the_command_describes_a_picture(capsys, tmp_path):
@@ -783,6 +872,24 @@ def test_a_batch_takes_the_draft_where_the_answer_will_not_do(tmp_path):
     assert len(stand_in.requests) == asked + 1, "judged twice is judged; unanswered is asked again"
     assert pipeline.requests[-1]["prompt"] == QUIET
     assert len(pipeline.requests) == 3
+
+
+def test_a_line_whose_picture_cannot_be_read_stops_no_other(tmp_path, monkeypatch):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    lines = ({"id": "a", "prompt": "A cat.", "image_path": "broken.png"}, {"id": "b", "prompt": "A dog."})
+    with ChatStandIn(QUIET) as stand_in:
+        pipeline = FakePipeline()
+        batch(tmp_path, stand_in, pipeline, *lines)
+        assert len(stand_in.requests) == 1
+        assert pipeline.requests[-1]["prompt"] == QUIET
+
+        def unreadable(path):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("nava_core.rewrite.batch.file_digest", unreadable)
+        lines = (lines[0], {"id": "c", "prompt": "A bird."})
+        batch(tmp_path, stand_in, pipeline, *lines)
+    assert len(stand_in.requests) == 2
 
 
 def test_a_batch_stops_before_it_begins_where_nobody_answers(tmp_path):

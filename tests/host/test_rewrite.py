@@ -212,6 +212,15 @@ def test_the_host_runs_a_node_anew_after_a_failure_or_another_configuration(monk
     rewrite.note_failure(*own)
     assert rewrite.state_of(*own) != before
     assert rewrite.state_of(*other) == beside
+    for link in range(4):
+        linked = tuple(None if at == link else value for at, value in enumerate(own))
+        state = rewrite.state_of(*linked)
+        rewrite.note_failure(*own)
+        assert rewrite.state_of(*linked) != state, "any setting may come over a link"
+    assert rewrite.state_of() == rewrite.state_of()
+    caption = rewrite.state_of()
+    rewrite.note_failure(*own)
+    assert rewrite.state_of() == caption
     monkeypatch.setenv("NAVA_REWRITE_URL", "http://127.0.0.1:9")
     assert rewrite.state_of(*other) != beside
     assert "127" not in rewrite.state_of(*other)
