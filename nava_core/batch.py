@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import WrongFileError
 from .explain import explain, is_fatal
 from .jobs import Defaults, Job, LineError
+from .json_lines import append_record, read_records
 from .lines import parse_line, read_lines
 
 if TYPE_CHECKING:
@@ -347,18 +348,7 @@ class Report:
         self.size_of: dict[str, int] = {}
         self.models: dict[str, str] | None = None
         if self.path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        """Remembers what is recorded; a last line that a kill cut off is taken away."""
-        with self.path.open("r+b") as file:
-            end = 0
-            for raw in file:
-                if raw.endswith(b"\n"):
-                    end += len(raw)
-                    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                        self._remember(json.loads(raw))
-            file.truncate(end)
+            read_records(self.path, self._remember)
 
     def _remember(self, record: Mapping[str, Any]) -> None:
         if "models" in record:
@@ -383,13 +373,8 @@ class Report:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Appends a record; it is on the disk when this returns."""
-        self._append(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        append_record(self.path, record)
         self._remember({"status": "", **record})
-
-    def _append(self, data: bytes) -> None:
-        with self.path.open("ab", buffering=0) as file:
-            file.write(data)
-            os.fsync(file.fileno())
 
     def has(self, file: str, key: str) -> bool:
         """Whether ``file`` is there, whole, and made from the job with this key."""

@@ -249,7 +249,8 @@ class Job:
 
     def long_request(self) -> dict[str, Any]:
         """The arguments of the pipeline's ``make_long``, of a job of several segments."""
-        request = self.request()
+        # Segments after the first have a first frame, so that each chooses what the scales that were said leave open.
+        request = {**self.request(), "guidance": dict(self.scales) or None}
         prompts = [request.pop("prompt"), *self.then]
         return {"prompts": prompts, "segment": self.segment, "hold": self.hold, **request}
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -80,12 +81,17 @@ class LoraMerge:
 
     def __init__(self, loras: Sequence[Lora], backbone: str | os.PathLike | FileInfo) -> None:
         self.notes: list[str] = []
-        self.names: list[str] = []  # of the files that are merged
+        self.merged: list[tuple[Path, float]] = []  # files and strengths, in their order
         self._deltas: dict[str, list[_Delta]] = {}  # by the weight's name
         backbone = backbone if isinstance(backbone, FileInfo) else describe_file(backbone)
         shapes = weight_shapes(backbone)
         for lora in loras:
             self._add(*(lora if isinstance(lora, tuple) else (lora, 1.0)), shapes)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the files that are merged."""
+        return [path.name for path, _ in self.merged]
 
     def _add(self, path: str | os.PathLike, strength: float, shapes: Mapping[str, tuple[int, ...]]) -> None:
         info = describe_file(path)
@@ -100,7 +106,7 @@ class LoraMerge:
                 f"and are not used ({some(unused)})."
             )
         if strength:
-            self.names.append(info.path.name)
+            self.merged.append((info.path, strength))
             for name, delta in deltas:
                 self._deltas.setdefault(name, []).append(delta)
 

@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import Any
 
-from .decoding import add_decoding_options
-from .generate import add_latents_option, add_voice_option, finish, prompt_job
-from .given import (
-    SHOWN,
-    add_shown_option,
-    add_source_options,
-    add_source_size,
-    checked_source,
-    region,
-    seconds,
-    source_name,
-)
-from .options import (
-    Command,
-    UsageError,
-    add_model_options,
-    add_parallel_options,
-    add_sampling_options,
-    ignored_options,
-    model_files,
-    pipeline_opener,
-)
-from .outputs import clip_target, latents_target
-from .progress import Progress
+from .again import add_again_options, make_again
+from .given import SHOWN, add_shown_option, add_source_options, checked_source, region, seconds
+from .options import Command, UsageError
 
 DESCRIPTION = """Makes a span of a finished clip again, of the picture, the sound or both, or a region of the picture.
 All frames and samples that are kept come out as they are in SOURCE; a span is widened to whole latents, of four frames
@@ -50,15 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--part", choices=["both", "picture", "sound"], default="both", help="(default: both)")
     group.add_argument("--region", type=region, metavar="X,Y,W,H", help="of the picture only this, in pixels")
     add_shown_option(group)
-    add_source_size(parser, "that of the latents; of a video the trained size nearest to its proportions")
-    add_voice_option(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: SOURCE_retake.mp4 here)")
-    add_latents_option(parser)
-    add_sampling_options(parser)
-    add_model_options(parser)
-    add_decoding_options(parser)
-    add_parallel_options(parser)
-    parser.set_defaults(seconds=None)
+    add_again_options(parser, "retake")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,26 +40,15 @@ def run(args: argparse.Namespace) -> int:
         span = Retake(args.start, args.end, args.part, args.region)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    job = prompt_job(args)
-    suffix = ClipLatents.load(source).suffix if is_latents_file(source) else ".mp4"
-    target = clip_target(args, suffix, f"{source_name(source)}_retake")
-    kept = latents_target(args, target)
-    files = model_files(args)
-    progress = Progress()
-    for note in ignored_options(args):
-        progress.say(note)
-    request = job.again_request()
+    size = {}
     if args.size is not None:
-        request |= {"width": args.size[0], "height": args.size[1], "size_from_image": False}
-    pipeline = pipeline_opener(args, files, progress.say)()
-    shown = SHOWN[args.shown]
-    return finish(
-        pipeline,
-        lambda **how: pipeline.retake(source, span=span, shown=shown, **request, **how),
-        target,
-        kept,
-        progress,
-    )
+        size = {"width": args.size[0], "height": args.size[1], "size_from_image": False}
+
+    def make(pipeline: Any, **request: Any) -> Any:
+        return pipeline.retake(source, span=span, shown=SHOWN[args.shown], **size, **request)
+
+    suffix = ClipLatents.load(source).suffix if is_latents_file(source) else ".mp4"
+    return make_again(args, source, suffix, "retake", make)
 
 
 COMMANDS = [Command("retake", "make a span of a clip again", DESCRIPTION, EXAMPLES, add_options, run)]

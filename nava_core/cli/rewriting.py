@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import UsageError, whole_number
+from .options import UsageError, number, whole_number
 
 SERVER_FROM_ENVIRONMENT = ""
 
@@ -44,10 +44,7 @@ def add_chat_options(group: Any, *names: str) -> None:
 
 
 def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = number(text)
     if not 0 <= value <= 2:
         raise argparse.ArgumentTypeError(f"it must be from 0 to 2, got {text!r}")
     return value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,15 +29,13 @@ from .given import (
     Given,
     Retake,
     Sound,
-    encode_parts,
     given_geometry,
-    make_parts,
     read_frames,
-    ready_source,
     video_size,
 )
 from .latents import ClipLatents
 from .memory import Components
+from .ready import encode_parts, make_parts, ready_source
 from .revise import Source, beginning, refine, retake
 from .segments import LongClip, make_long
 from .stages import Voice, default_guidance
@@ -251,7 +250,7 @@ class NavaPipeline(ClipDecoder):
         steps: int = 50,
         shift: float = 5.0,
         preset: str | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | Mapping[str, Any] | None = None,
         sound: Sound | None = None,
         sound_start: float = 0.0,
         sound_at: float = 0.0,
@@ -276,7 +275,8 @@ class NavaPipeline(ClipDecoder):
         ``image_scale`` 960 or the smaller 640 and 512 (the side of a square of as many pixels). ``voices``:
         recordings (a file, or waveform and sample rate) or (1, 192) embeddings, bound to the spans by order, or as
         ``assignment`` says, with a voice's number, or None for the null voice, for each span. ``guidance`` None: the
-        makers' scales, which are lower for picture text and timbre where there are both an image and a voice.
+        makers' scales, which are lower for picture text and timbre where there are both an image and a voice; a mapping
+        has those of its fields that differ from them.
         ``preset`` "distilled" is for few-step checkpoints: four Euler steps on the conditional prediction alone, in
         place of ``steps``, ``shift``, the solver and the makers' scales.
 
@@ -312,8 +312,9 @@ class NavaPipeline(ClipDecoder):
         _check_stop(stop)
         timbres = stages.encode_voices(parts.files.speaker_encoder, voices, warnings)
         timbre, positions = (None, None) if tokens is None else timbre_inputs(tokens, timbres, assignment)
-        if guidance is None:
-            guidance = default_guidance(given.image is not None, timbre is not None) if run is None else run.guidance
+        if not isinstance(guidance, Guidance):
+            usual = default_guidance(given.image is not None, timbre is not None) if run is None else run.guidance
+            guidance = replace(usual, **(guidance or {}))
         levels, made = sigmas[:-1].tolist(), guidance.making(*ready.makes)
         if made.uses_text_null(levels, timbre is not None, geometry.has_video, geometry.has_audio):
             negative_tokens = stages.tokenize_negative(self._tokenizer, negative_text(negative, mode), warnings)

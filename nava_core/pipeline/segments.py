@@ -37,6 +37,7 @@ from ..given import (
     join_sound,
     seam,
 )
+from ..lora_merge import lora_fingerprint
 from ..media import clear_leftovers, fit_length, mux, read_audio, read_image, whole_file
 from ..prompt import bind_voices, parse_spans
 from ..sampling import Guidance, Interrupted
@@ -298,7 +299,7 @@ class _Work:
         return [f"The given sound: {note[:1].lower()}{note[1:]}" for note in notes]
 
     def _key(self) -> str:
-        """A hash of all that the clip follows from, the models included by name and size."""
+        """A hash of all that the clip follows from: of files and LoRAs by their content, of models by name and size."""
         facts = {name: getattr(self.request, name) for name in self.request.__dataclass_fields__ if name != "sound"}
         settings = dict(facts.pop("settings"))
         if isinstance(settings.get("guidance"), Guidance):
@@ -318,7 +319,9 @@ class _Work:
         parts = self.pipeline.components
         paths = {role: path for role, path in vars(parts.files).items() if path is not None and Path(path).is_file()}
         named = {role: (Path(path).name, Path(path).stat().st_size) for role, path in paths.items()}
-        return {**named, "loras": list(parts.loras.names) if parts.loras else [], "dtype": str(parts.dtype)}
+        types = {"dtype": str(parts.dtype), "vae_dtype": str(parts.wanted_vae_dtype)}
+        loras = [(lora_fingerprint(lora), strength) for lora, strength in parts.loras.merged] if parts.loras else []
+        return {**named, **types, "loras": loras, "decoding": str(self.pipeline.decoding)}
 
     def make(self, path: Path) -> LongClip:
         for segment in self.segments:

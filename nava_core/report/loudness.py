@@ -1,4 +1,9 @@
-"""How loud a clip's sound is: integrated loudness and true peak after ITU-R BS.1770-5, in torch alone."""
+"""How loud a clip's sound is: integrated loudness and true peak after ITU-R BS.1770-5.
+
+FFmpeg's filter ebur128 measures the same, and the tests hold these figures to it. But PyAV hands on what a filter tells
+from a later release on than the oldest that ComfyUI asks for (14.2 does not); torchaudio's loudness, which newer hosts
+do not bring, rounds the filters, and neither it nor torch has a true peak.
+"""
 
 from __future__ import annotations
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
+
+from ..json_lines import append_record, read_records
 
 Result = TypeVar("Result")
 
@@ -41,26 +40,16 @@ class RewriteFile:
         self.path = path
         self.records: dict[str, dict] = {}
         if path.is_file():
-            self._read()
+            read_records(self.path, self._take)
 
-    def _read(self) -> None:
-        with self.path.open("r+b") as file:
-            end = 0
-            for raw in file:
-                if raw.endswith(b"\n"):
-                    end += len(raw)
-                    with contextlib.suppress(ValueError, KeyError, TypeError):
-                        record = json.loads(raw)
-                        if isinstance(record["prompt"], str) and isinstance(record["draft"], str):
-                            self.records[record["key"]] = record
-            file.truncate(end)
+    def _take(self, record: dict) -> None:
+        if isinstance(record["prompt"], str) and isinstance(record["draft"], str):
+            self.records[record["key"]] = record
 
     def add(self, record: dict) -> None:
         """Appends a record with "key", "draft" and "prompt"; it is on the disk when this returns."""
         self.records[record["key"]] = record
-        with self.path.open("ab", buffering=0) as file:
-            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-            os.fsync(file.fileno())
+        append_record(self.path, record)
 
 
 def with_rewritten(job, records: Sequence[dict | None]):

@@ -348,6 +348,9 @@ def test_longer_clips_are_made_in_segments(nava, models, tmp_path):
     )  # fmt: skip
     assert (request["hold"], request["anew"]) == ("colour and sharpness", False)
     assert (request["voices"], request["assignment"]) == ((tmp_path / "a.wav",), (None, 0))
+    assert request["guidance"] is None
+    assert nava(*command, "--audio-text", "1.5")[0] == 0
+    assert nava.pipeline.requests[0]["guidance"] == {"audio_text": 1.5}  # the rest is each segment's own
     assert nava("generate", "a", "--models", models, "--seconds", "10")[0] == 0
     assert nava("generate", "a", "--models", models, "--seconds", "24", "--segment", "0")[0] == 0
     assert nava("generate", "a", "--models", models, "--seconds", "24", "--audio-only")[0] == 0

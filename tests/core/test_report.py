@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -148,6 +150,38 @@ def test_parts_give_what_the_whole_gives(monkeypatch):
     whole = integrated_loudness(sound, RATE), true_peak(sound, RATE)
     monkeypatch.setattr(loudness, "CHUNK", 7000)
     assert (integrated_loudness(sound, RATE), true_peak(sound, RATE)) == pytest.approx(whole, abs=1e-9)
+
+
+@pytest.mark.skipif(not hasattr(av.AudioFrame, "metadata"), reason="this PyAV does not hand on a filter's figures")
+@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
+def test_loudness_and_true_peak_are_those_of_ffmpeg(rate):
+    time = torch.arange(5 * rate) / rate
+    sound = torch.stack([torch.randn(5 * rate, generator=seeded(n)) for n in (1, 2)])
+    sound = 0.1 * sound * (0.02 + (time % 2.0 < 1.2) * (0.3 + time / 5))  # passages and pauses of other levels
+    loud, peak = ebur128(sound, rate)
+    assert integrated_loudness(sound, rate) == pytest.approx(loud, abs=0.06)  # told to a tenth
+    assert true_peak(sound, rate) == pytest.approx(peak, abs=0.3)
+
+
+def ebur128(sound, rate):
+    """FFmpeg's integrated loudness (LUFS) and true peak (dBTP) of a stereo sound."""
+    graph = av.filter.Graph()
+    source = graph.add_abuffer(sample_rate=rate, format="fltp", layout="stereo", time_base=Fraction(1, rate))
+    meter, sink = graph.add("ebur128", "peak=true:metadata=1"), graph.add("abuffersink")
+    source.link_to(meter)
+    meter.link_to(sink)
+    graph.configure()
+    frame = av.AudioFrame.from_ndarray(sound.numpy(), format="fltp", layout="stereo")
+    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+    graph.push(frame)
+    graph.push(None)
+    told = {}
+    while True:
+        try:
+            told = dict(graph.pull().metadata) or told
+        except (av.BlockingIOError, av.EOFError):
+            break
+    return float(told["lavfi.r128.I"]), 20 * math.log10(float(told["lavfi.r128.true_peak"]))
 
 
 @pytest.mark.skipif(find_torchaudio() is None, reason="no torchaudio to compare with")

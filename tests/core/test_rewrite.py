@@ -790,7 +790,8 @@ def test_the_command_describes_a_picture(capsys, tmp_path):
         (("He says <S>Hi", "--server", "http://a"), "never closed"),
         (("A cat.", "--speech", "<S>Hi<E>", "--server", "http://a"), "words alone"),
         (("A cat.", "--image", "gone.png", "--server", "http://a"), "no image"),
-        (("A cat.", "--temperature", "hot", "--server", "http://a"), "0 to 2"),
+        (("A cat.", "--temperature", "hot", "--server", "http://a"), "no number"),
+        (("A cat.", "--temperature", "2.5", "--server", "http://a"), "0 to 2"),
     ],
 )
 def test_a_wrong_command_is_one_sentence(capsys, arguments, words):

@@ -6,13 +6,16 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from nava_core.checkpoint import load_backbone
+from nava_core.decoding import Decoding
 from nava_core.demo import make_small_models
 from nava_core.geometry import split_latents
 from nava_core.given import hold_statistics
+from nava_core.lora_merge import LoraMerge
 from nava_core.media import mux, read_audio, read_image
-from nava_core.pipeline import ModelFiles, NavaPipeline, StateError, revise, segments
+from nava_core.pipeline import ClipLatents, ModelFiles, NavaPipeline, StateError, revise, segments
 from nava_core.pipeline.given import VideoFrames
 from nava_core.pipeline.segment_state import State
 from nava_core.pipeline.segments import split_voices
@@ -257,6 +260,41 @@ def test_an_interruption_between_stages_keeps_what_is_finished(pipeline, whole, 
     assert (tmp_path / "clip.mp4").read_bytes() == whole[1].read_bytes()
 
 
+def test_a_lora_at_another_strength_makes_another_clip(pipeline, whole, tmp_path, monkeypatch):
+    backbone = load_backbone(pipeline.components.files.backbone)
+    rows, columns = backbone.get_parameter("single_blocks.0.ffn.0.weight").shape
+    lora = tmp_path / "lora.safetensors"
+    down, up = torch.ones(4, columns), torch.ones(rows, 4)
+    save_file({"single_blocks.0.ffn.0.lora_up.weight": up, "single_blocks.0.ffn.0.lora_down.weight": down}, lora)
+
+    def merged(strength):
+        return LoraMerge([(lora, strength)], pipeline.components.files.backbone)
+
+    def begin(loras):
+        with monkeypatch.context() as changed:
+            changed.setattr(pipeline.components, "loras", loras)
+            pipeline.make_long(
+                tmp_path / "clip.mp4", PROMPTS, state=tmp_path / "state", should_stop=lambda: True, **LONG
+            )
+
+    for strength, error in ((0.5, Interrupted), (0.5, Interrupted), (0.6, StateError)):
+        with pytest.raises(error):
+            begin(merged(strength))
+    with pytest.raises(StateError):
+        begin(merged(0.0))  # none
+
+
+def test_scales_that_are_said_leave_each_segment_the_others(pipeline, tmp_path):
+    """The first has no first frame, the second has one: with a voice the makers then use gentler scales."""
+    prompts, state = ["He says <S>one<E>.", "He says <S>two<E>."], tmp_path / "state"
+    voices = [torch.ones(1, 192)]
+    pipeline.make_long(tmp_path / "clip.mp4", prompts, voices=voices, guidance={"audio_text": 1.5}, state=state, **LONG)
+    used = [ClipLatents.load(state / f"00{number}.latents.safetensors").settings["guidance"] for number in (0, 1)]
+    assert [each["audio_text"] for each in used] == [1.5, 1.5]
+    assert [each["video_text"] for each in used] == [3.0, 2.0]
+    assert [each["audio_timbre"] for each in used] == [3.0, 2.0]
+
+
 def test_the_state_of_another_clip_is_refused_or_goes(pipeline, whole, tmp_path, monkeypatch):
     _, _, state = whole
     for change in ({"seed": 6}, {"hold": "colour"}, {"steps": 2}, {"seconds": 1.5}):
@@ -264,6 +302,13 @@ def test_the_state_of_another_clip_is_refused_or_goes(pipeline, whole, tmp_path,
             pipeline.make_long(tmp_path / "clip.mp4", PROMPTS, state=state, **{**LONG, **change})
     with pytest.raises(StateError, match="another clip"):
         pipeline.make_long(tmp_path / "clip.mp4", ["A bell.", "A horn."], state=state, **LONG)
+    for name, value in (("wanted_vae_dtype", torch.bfloat16), ("dtype", torch.bfloat16)):
+        with monkeypatch.context() as changed, pytest.raises(StateError, match="another clip"):
+            changed.setattr(pipeline.components, name, value)
+            pipeline.make_long(tmp_path / "clip.mp4", PROMPTS, state=state, **LONG)
+    with monkeypatch.context() as changed, pytest.raises(StateError, match="another clip"):
+        changed.setattr(pipeline, "decoding", Decoding("tiled"))
+        pipeline.make_long(tmp_path / "clip.mp4", PROMPTS, state=state, **LONG)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(StateError, match="is not empty and holds no state"):
