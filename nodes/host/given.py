@@ -30,7 +30,7 @@ from ...nava_core.given.frames import kept_as
 from ...nava_core.media import fit_length
 from .audio_vae import encode_audio
 from .latents import all_parts, audio_part, clip_length, clip_masks, clip_parts, video_part, with_parts
-from .originals import frames_of, originals_of, with_originals
+from .originals import originals_of, with_originals
 from .video_vae import encode_video
 
 EVERYTHING = "All of this clip is given now: let NAVA Retake open a span of it, or there is nothing to make."
@@ -222,7 +222,6 @@ def retake(
     if picture:
         made = frames_touching(begin, end, clip[0].shape[2])
         notes.insert(0, _open_picture(masks[0], made, mask))
-        originals = originals and originals.within(keep_blocks=frames_of(is_given(masks[0][0, 0]).cpu()))
     if clip[0] is not None:
         _clean_first_frame(masks[0])
     if sound:

@@ -24,18 +24,15 @@ KEPT_OF_A_RUN, KEPT_OF_A_PREDICTION = 7, 3
 # With given parts: the mask as given, packed, and its opposite; the latent in the model's space; x with the given
 # parts; and where all is given.
 KEPT_OF_A_MASK = 5.25
-KEPT_OF_MARKS = 1  # a second mask, without the marks on what is not shown clean
 
 
 @dataclass(frozen=True)
 class RunSize:
-    """A run as it begins: shapes of the latent's parts, predictions of a step at most, whether parts are given, and
-    whether some of these are marked as not to be shown clean."""
+    """A run as it begins: shapes of the latent's parts, predictions of a step at most, whether parts are given."""
 
     shapes: tuple[tuple[int, ...], ...]
     predictions: int
     masked: bool
-    marked: bool = False
 
     @property
     def values(self) -> int:
@@ -47,7 +44,6 @@ def run_bytes(run: RunSize, batch: int, config, dtype_size: int) -> float:
     """Bytes a run holds on the device beside the network's own, while ``batch`` samples are in the network."""
     samples = run.shapes[0][0]
     copies = KEPT_OF_A_RUN + KEPT_OF_A_PREDICTION * run.predictions + KEPT_OF_A_MASK * run.masked
-    copies += KEPT_OF_MARKS * run.marked
     kept = samples * copies * run.values * 4
     context = config.text_len * config.text_dim
     read = 4 + (dtype_size if dtype_size != 4 else 0)  # in fp32, and in the network's type

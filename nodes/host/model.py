@@ -47,7 +47,7 @@ from ...nava_core.geometry import (
     audio_tokens_to_latent,
     frames_of_latents,
 )
-from ...nava_core.given import clean_steps, is_given, kept
+from ...nava_core.given import clean_steps, is_given
 from ...nava_core.sampling.denoise import NOTHING_TO_MAKE
 from . import out_of_memory
 from .compiled import compiled_blocks
@@ -477,15 +477,14 @@ def outer_sample(
         _warn_of_step_cache(model, executor.class_obj.model_options.get("transformer_options", {}))
     model.latent_shapes = shapes
     predictions = sum(len(each) for each in getattr(executor.class_obj, "conds", {}).values())
-    is_marked = denoise_mask is not None and bool((is_given(denoise_mask) & (denoise_mask > 0)).any())
-    model._run = RunSize(tuple(shapes), max(1, predictions), denoise_mask is not None, is_marked)
+    model._run = RunSize(tuple(shapes), max(1, predictions), denoise_mask is not None)
     given = _given_values(shapes, latent_image, denoise_mask)
+    # Parts that are marked to be shown noised stay so in the mask: a thousandth of a sample that the host writes anew
+    # before each pass, and of a result that is put back below.
     model._clean = _clean_values(shapes, denoise_mask)
     model.made = _made_parts(shapes, denoise_mask)
     if not any(model.made):
         raise ValueError(NOTHING_TO_MAKE)
-    if is_marked:
-        denoise_mask = kept(denoise_mask)
     if callback is not None and len(shapes) > 1 and not host_unpacks():
         callback = video_first(callback, shapes)
     model.diffusion_model.compiled = compiled_blocks(executor.class_obj.model_options)

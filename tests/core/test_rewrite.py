@@ -33,6 +33,7 @@ from nava_core.rewrite import (
 from nava_core.rewrite.batch import BatchRewriter
 from nava_core.rewrite.checks import mark_quoted_speech, restored, shortened, speech_faults
 from nava_core.rewrite.instructions import caption_instruction, rewrite_instruction
+from nava_core.video_files import write_picture
 
 
 def helper(name):
@@ -845,19 +846,21 @@ def test_a_batch_is_rewritten_before_it_is_made_and_only_once(tmp_path):
 
 
 def test_each_prompt_of_a_long_clip_is_rewritten(tmp_path):
-    """And what a later segment's prompt begins with is no first frame's."""
+    """And the first frame is that of the first."""
+    picture = tmp_path / "her.png"
+    write_picture(picture, torch.full((16, 16, 3), 0.5))
 
     def answer(handler, request):
-        draft = request["messages"][1]["content"]
-        stand_in.say(handler, GOOD if "Come in" in str(draft) else QUIET)
+        asked = request["messages"][1]["content"]
+        stand_in.say(handler, GOOD if "Come in" in str(asked) else QUIET)
 
     with ChatStandIn(answer) as stand_in:
-        job = make_job(DRAFT, defaults=Defaults(), seconds=25.0, then=("A cat.", DRAFT))
+        job = make_job(DRAFT, defaults=Defaults(), seconds=25.0, then=("A cat.", "A dog."), image=picture)
         rewriter = BatchRewriter(server(stand_in), language="en")
         rewriter.prepare(tmp_path, [(1, job)], Watcher())
         made = rewriter(job)
-        assert (made.prompt, made.then, made.draft) == (GOOD, (QUIET, GOOD), DRAFT)
-        assert len(stand_in.requests) == 2, "the same draft is asked about once"
+        assert (made.prompt, made.then, made.draft) == (GOOD, (QUIET, QUIET), DRAFT)
+        assert ["image" in str(each["messages"][1]["content"]) for each in stand_in.requests] == [True, False, False]
 
 
 def test_a_batch_takes_the_draft_where_the_answer_will_not_do(tmp_path):

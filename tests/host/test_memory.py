@@ -281,7 +281,7 @@ def test_what_a_run_holds_beside_the_network(patcher, monkeypatch, name):
         live.ignore(*patcher.model.parameters())
         guider.sample(noise, made["samples"], sampler, sampling.flow_sigmas(4), mask, disable_pbar=True)
     shapes = tuple(tuple(part.shape) for part in made["samples"].unbind())
-    run = memory.RunSize(shapes, predictions, mask is not None, settings.get("shown", 0.0) > 0)
+    run = memory.RunSize(shapes, predictions, mask is not None)
     planned = memory.run_bytes(run, batches[0], patcher.model.diffusion_model.config, 4)
     assert planned == pytest.approx(max(held), rel=0.1)
 
