@@ -302,13 +302,15 @@ def test_the_state_of_another_clip_is_refused_or_goes(pipeline, whole, tmp_path,
             pipeline.make_long(tmp_path / "clip.mp4", PROMPTS, state=state, **{**LONG, **change})
     with pytest.raises(StateError, match="another clip"):
         pipeline.make_long(tmp_path / "clip.mp4", ["A bell.", "A horn."], state=state, **LONG)
-    for name, value in (("wanted_vae_dtype", torch.bfloat16), ("dtype", torch.bfloat16)):
-        with monkeypatch.context() as changed, pytest.raises(StateError, match="another clip"):
-            changed.setattr(pipeline.components, name, value)
-            pipeline.make_long(tmp_path / "clip.mp4", PROMPTS, state=state, **LONG)
-    with monkeypatch.context() as changed, pytest.raises(StateError, match="another clip"):
-        changed.setattr(pipeline, "decoding", Decoding("tiled"))
-        pipeline.make_long(tmp_path / "clip.mp4", PROMPTS, state=state, **LONG)
+    for owner, name, value in (
+        (pipeline.components, "wanted_vae_dtype", torch.bfloat16),
+        (pipeline.components, "dtype", torch.bfloat16),
+        (pipeline, "decoding", Decoding("tiled")),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(owner, name, value)
+            with pytest.raises(StateError, match="another clip"):
+                pipeline.make_long(tmp_path / "clip.mp4", PROMPTS, state=state, **LONG)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(StateError, match="is not empty and holds no state"):
